@@ -1,0 +1,252 @@
+"""`TensorSpec` and `Manifest`: what is sent, described, validated and digested without any tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from packedcomm.errors import ManifestError
+from packedcomm.settings import DEFAULTS
+
+__all__ = ["DTYPE_SIZES", "Manifest", "TensorSpec", "checked_nbytes", "dtype_name"]
+
+# Names are torch's, without the "torch." prefix; sizes are in bytes. Quantised and sub-byte types
+# have no byte-exact row-major form and are left out on purpose.
+DTYPE_SIZES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+
+_MAX_BYTES = (1 << 63) - 1
+
+
+@lru_cache(maxsize=4096)
+def dtype_name(dtype: Any) -> str:
+    """The manifest's name of a torch dtype or of a dtype name, with or without `torch.`.
+
+    Raises:
+        ManifestError: the dtype isn't one of `DTYPE_SIZES`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_SIZES:
+        raise ManifestError(
+            f"unknown or unsupported dtype {str(dtype)!r}; known: {', '.join(DTYPE_SIZES)}"
+        )
+    return name
+
+
+def checked_nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of a dense tensor of this shape and dtype.
+
+    Args:
+        shape: dimensions, each >= 0.
+        dtype: a torch dtype or its name.
+
+    Raises:
+        ManifestError: a dimension isn't an integer >= 0, there are too many of them, the byte count
+            doesn't fit 63 bits, or the dtype is unknown.
+    """
+    # Outside the cache, which takes True and 1.0 for 1.
+    for dimension in shape:
+        if type(dimension) is not int:
+            raise ManifestError(f"shape {shape!r}: dimension {dimension!r} is not an integer >= 0")
+    return _nbytes(shape, dtype)
+
+
+@lru_cache(maxsize=65536)
+def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    itemsize = DTYPE_SIZES[dtype_name(dtype)]
+    if len(shape) > DEFAULTS.max_dimensions:
+        raise ManifestError(
+            f"shape has {len(shape)} dimensions, at most {DEFAULTS.max_dimensions} are allowed"
+        )
+    for dimension in shape:
+        if dimension < 0:
+            raise ManifestError(f"shape {shape!r}: dimension {dimension!r} is not an integer >= 0")
+    # Strides of a tensor with a zero-sized dimension are computed from the others, so these must
+    # not overflow either.
+    extent = math.prod(d for d in shape if d) * itemsize
+    if extent > _MAX_BYTES:
+        raise ManifestError(f"shape {shape!r} of {dtype_name(dtype)} overflows 63 bits of bytes")
+    return 0 if 0 in shape else extent
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor: its name, dtype name (torch's, without prefix) and shape.
+
+    Raises:
+        ManifestError: the name is empty, not text or too long, the dtype is unknown, or the shape
+            is negative or overflows; the message names the tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ManifestError(f"tensor name must be a non-empty string, got {self.name!r}")
+        try:
+            size = len(self.name.encode())
+        except UnicodeEncodeError:
+            raise ManifestError(f"tensor name {self.name!r} is not valid text") from None
+        if size > DEFAULTS.max_name_bytes:
+            raise ManifestError(
+                f"tensor name {self.name[:60]!r}... has {size} bytes, "
+                f"at most {DEFAULTS.max_name_bytes} are allowed"
+            )
+        try:
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
+            object.__setattr__(self, "shape", tuple(self.shape))
+            checked_nbytes(self.shape, self.dtype)
+        except (ManifestError, TypeError) as error:
+            raise ManifestError(f"tensor {self.name!r}: {error}") from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements in row-major order."""
+        return checked_nbytes(self.shape, self.dtype)
+
+
+class Manifest:
+    """An ordered, validated list of tensors with unique names. Immutable; equal by content.
+
+    Iterating yields `(name, (shape, dtype))` with dtype as a name, which is what
+    `broadcast_consumer` takes.
+
+    Args:
+        specs: the tensors in the order in which they are sent.
+
+    Raises:
+        ManifestError: a name occurs twice (all such names are listed, up to ten) or there are more
+            entries than `Settings.max_tensors`.
+    """
+
+    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+        self.specs: tuple[TensorSpec, ...] = tuple(specs)
+        if len(self.specs) > DEFAULTS.max_tensors:
+            raise ManifestError(
+                f"manifest has {len(self.specs)} tensors, at most {DEFAULTS.max_tensors} are allowed"
+            )
+        if len({spec.name for spec in self.specs}) != len(self.specs):
+            seen: set[str] = set()
+            twice = [s.name for s in self.specs if s.name in seen or seen.add(s.name)]  # type: ignore[func-returns-value]
+            more = f" and {len(twice) - 10} more" if len(twice) > 10 else ""
+            raise ManifestError(f"duplicate tensor names: {', '.join(twice[:10])}{more}")
+
+    @classmethod
+    def from_tensors(cls, tensors: Any) -> Manifest:
+        """Describe tensors.
+
+        Args:
+            tensors: a mapping of names to tensors, or an iterable of `(name, tensor)`; anything
+                with `dtype` and `shape` is a tensor here, nothing is read from its memory.
+        """
+        items = tensors.items() if hasattr(tensors, "items") else tensors
+        return cls(TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in items)
+
+    @classmethod
+    def from_lists(
+        cls,
+        names: Sequence[str],
+        dtype_names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+    ) -> Manifest:
+        """Build from three lists of equal length, the form of vLLM's update request.
+
+        Raises:
+            ManifestError: the lengths differ, or an entry is invalid.
+        """
+        if not len(names) == len(dtype_names) == len(shapes):
+            raise ManifestError(
+                f"names, dtype_names and shapes must have equal lengths, "
+                f"got {len(names)}, {len(dtype_names)} and {len(shapes)}"
+            )
+        return cls(
+            TensorSpec(name, dtype, tuple(shape))
+            for name, dtype, shape in zip(names, dtype_names, shapes, strict=True)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of `to_json()`: equal digests mean equal manifests."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same manifest always gives the same text."""
+        rows = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.specs]
+        return json.dumps({"tensors": rows, "version": 1}, separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ManifestError: the text isn't JSON, has another version, or an entry is malformed (the
+                message gives its index).
+        """
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"manifest is not valid JSON: {error}") from None
+        if not isinstance(document, dict) or set(document) != {"tensors", "version"}:
+            raise ManifestError('manifest must be an object with "tensors" and "version"')
+        if document["version"] != 1:
+            raise ManifestError(f"manifest version {document['version']!r}, expected 1")
+        rows = document["tensors"]
+        if not isinstance(rows, list):
+            raise ManifestError(f'manifest "tensors" must be a list, got {type(rows).__name__}')
+        specs = []
+        for index, row in enumerate(rows):
+            match row:
+                case [str(name), str(dtype), list(shape)]:
+                    specs.append(TensorSpec(name, dtype, tuple(shape)))
+                case _:
+                    raise ManifestError(f"manifest entry {index} is not [name, dtype, shape]")
+        return cls(specs)
+
+    def __iter__(self) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+        for spec in self.specs:
+            yield spec.name, (spec.shape, spec.dtype)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.specs == other.specs
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Manifest({len(self)} tensors, {self.nbytes:,} bytes, digest {self.digest[:12]})"

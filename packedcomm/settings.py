@@ -1,0 +1,113 @@
+"""Every default, limit and environment variable, in one frozen dataclass.
+
+Nothing else in packedcomm reads the environment, and nothing reads it implicitly: only launch code
+and the command line call `Settings.from_environment()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from packedcomm.errors import ArgumentError
+
+__all__ = ["DEFAULTS", "Settings"]
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Defaults and limits.
+
+    Each field `name` is read from the environment variable `PACKEDCOMM_NAME` (upper case) by
+    `from_environment`, and only there. Sizes are in bytes, times in seconds.
+    """
+
+    buffer_size_bytes: int = 1 * GiB
+    """Size at which a packed chunk is cut."""
+
+    num_buffers: int = 2
+    """Slots that packing, broadcast and unpacking rotate through."""
+
+    direct_bytes: int = 1 * MiB
+    """Native format: a tensor of at least this size travels alone, from memory to memory."""
+
+    group_bytes: int = 512 * MiB
+    """Native format: neighbouring direct tensors are broadcast as one group up to this size."""
+
+    group_tensors: int = 64
+    """Native format: and up to this many."""
+
+    connect_timeout_s: float = 120.0
+    """Deadline for a rendezvous and for making a communicator."""
+
+    operation_timeout_s: float = 600.0
+    """Deadline for one collective on Gloo and for one launch on NCCL."""
+
+    close_timeout_s: float = 10.0
+    """Deadline for an orderly close; after it a communicator is aborted."""
+
+    copy_threads: int = 0
+    """Threads of the CPU copy engine; 0 means the number of processors this process may use,
+    8 at most."""
+
+    max_tensors: int = 4_000_000
+    """Cap on the entries of a manifest."""
+
+    max_name_bytes: int = 4096
+    """Cap on the length of a tensor's name in UTF-8."""
+
+    max_dimensions: int = 64
+    """Cap on a tensor's number of dimensions."""
+
+    nccl_library: str = ""
+    """Path of the NCCL library to use; empty means the one already loaded in the process, then
+    NVIDIA's wheel, then conda, then the system's loader, then NCCL_HOME."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
+            minimum = 0 if field.name in ("copy_threads", "direct_bytes") else 1
+            if field.name.endswith("_s"):
+                if not value > 0:
+                    raise ArgumentError(f"Settings.{field.name} must be > 0 seconds, got {value!r}")
+            elif value < minimum:
+                raise ArgumentError(f"Settings.{field.name} must be >= {minimum}, got {value!r}")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read `PACKEDCOMM_*` variables over the defaults (`PACKEDCOMM_BUILD_*` are setup.py's).
+
+        Args:
+            environ: mapping to read; the process environment when None. It is never changed.
+
+        Raises:
+            ArgumentError: a variable is unknown, isn't a number, or is out of range; the message
+                names it.
+        """
+        environ = os.environ if environ is None else environ
+        known = {f"PACKEDCOMM_{field.name.upper()}": field for field in fields(cls)}
+        values: dict[str, int | float | str] = {}
+        for variable, text in environ.items():
+            if not variable.startswith("PACKEDCOMM_") or variable.startswith("PACKEDCOMM_BUILD_"):
+                continue
+            if variable not in known:
+                raise ArgumentError(
+                    f"unknown environment variable {variable}; known: {', '.join(sorted(known))}"
+                )
+            default = getattr(DEFAULTS, known[variable].name)
+            try:
+                values[known[variable].name] = type(default)(text)
+            except ValueError:
+                raise ArgumentError(
+                    f"{variable}={text!r} is not a valid {type(default).__name__}"
+                ) from None
+        return cls(**values)  # type: ignore[arg-type]
+
+
+DEFAULTS = Settings()
