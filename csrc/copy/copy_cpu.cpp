@@ -1,0 +1,140 @@
+// Tiles on CPU threads: memcpy for runs, typed loops for single elements, streaming stores for
+// copies that no cache would hold.
+#include "copy_cpu.hpp"
+
+#include <cstring>
+
+#include "thread_pool.hpp"
+#include "tiling.hpp"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace packedcomm {
+namespace {
+
+// Below this a copy is done before a sleeping thread wakes up.
+constexpr std::int64_t kSerialBytes = 256 << 10;
+// From this size on the destination won't be read from a cache, and writing around it saves reading
+// every destination line first.
+constexpr std::int64_t kStreamingBytes = 64 << 20;
+
+using CopyRun = void (*)(char*, const char*, std::int64_t);
+
+void copy_run_cached(char* to, const char* from, std::int64_t bytes) {
+  std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+#if defined(__SSE2__)
+void copy_run_streaming(char* to, const char* from, std::int64_t bytes) {
+  const std::int64_t head = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(to) & 63);
+  if (bytes < head + 256) {
+    copy_run_cached(to, from, bytes);
+    return;
+  }
+  copy_run_cached(to, from, head);
+  to += head;
+  from += head;
+  bytes -= head;
+  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
+    const auto* source = reinterpret_cast<const __m128i*>(from);
+    auto* target = reinterpret_cast<__m128i*>(to);
+    const __m128i a = _mm_loadu_si128(source);
+    const __m128i b = _mm_loadu_si128(source + 1);
+    const __m128i c = _mm_loadu_si128(source + 2);
+    const __m128i d = _mm_loadu_si128(source + 3);
+    _mm_stream_si128(target, a);
+    _mm_stream_si128(target + 1, b);
+    _mm_stream_si128(target + 2, c);
+    _mm_stream_si128(target + 3, d);
+  }
+  copy_run_cached(to, from, bytes);
+}
+void finish_streaming() { _mm_sfence(); }
+#else
+void copy_run_streaming(char* to, const char* from, std::int64_t bytes) {
+  copy_run_cached(to, from, bytes);
+}
+void finish_streaming() {}
+#endif
+
+template <std::size_t kBytes>
+void copy_items(char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride,
+                std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::memcpy(to + i * to_stride, from + i * from_stride, kBytes);
+  }
+}
+
+void copy_row(char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride,
+              std::int64_t count, std::int64_t run_bytes, CopyRun copy_run) {
+  switch (run_bytes) {
+    case 1:
+      return copy_items<1>(to, to_stride, from, from_stride, count);
+    case 2:
+      return copy_items<2>(to, to_stride, from, from_stride, count);
+    case 4:
+      return copy_items<4>(to, to_stride, from, from_stride, count);
+    case 8:
+      return copy_items<8>(to, to_stride, from, from_stride, count);
+    case 16:
+      return copy_items<16>(to, to_stride, from, from_stride, count);
+    default:
+      for (std::int64_t i = 0; i < count; ++i) {
+        copy_run(to + i * to_stride, from + i * from_stride, run_bytes);
+      }
+  }
+}
+
+void copy_tile(const Segment& segment, std::int64_t tile_bytes, std::int64_t index,
+               CopyRun copy_run) {
+  const TileSpan span = locate_tile(segment, tile_bytes, index);
+  if (segment.dims == 0 || span.runs == 1) {
+    const RunAddress at = locate_run(segment, span.first_run);
+    copy_run(reinterpret_cast<char*>(at.destination + static_cast<std::uint64_t>(span.offset)),
+             reinterpret_cast<const char*>(at.source + static_cast<std::uint64_t>(span.offset)),
+             span.bytes);
+    return;
+  }
+  // Whole runs: one row of the innermost dimension at a time.
+  const auto last = static_cast<int>(segment.dims) - 1;
+  const std::int64_t extent = segment.extent[last];
+  std::int64_t run = span.first_run;
+  const std::int64_t end = span.first_run + span.runs;
+  while (run < end) {
+    const RunAddress at = locate_run(segment, run);
+    const std::int64_t left_in_row = extent - run % extent;
+    const std::int64_t count = left_in_row < end - run ? left_in_row : end - run;
+    copy_row(reinterpret_cast<char*>(at.destination), segment.destination_stride[last],
+             reinterpret_cast<const char*>(at.source), segment.source_stride[last], count,
+             segment.run_bytes, copy_run);
+    run += count;
+  }
+}
+
+}  // namespace
+
+void copy_on_cpu(const CopyTable& table, int threads) noexcept {
+  const bool streaming = table.nbytes() >= kStreamingBytes;
+  const CopyRun copy_run = streaming ? copy_run_streaming : copy_run_cached;
+  const auto& tiles = table.tiles();
+  const auto& segments = table.segments();
+  // Neighbouring tiles are taken together: a task should be worth handing out even when the
+  // tensors are tiny.
+  constexpr std::int64_t kTilesPerTask = 4;
+  const auto count = static_cast<std::int64_t>(tiles.size());
+  const std::int64_t tasks = (count + kTilesPerTask - 1) / kTilesPerTask;
+  parallel_for(tasks, table.nbytes() < kSerialBytes ? 1 : threads, [&](std::int64_t task) {
+    const std::int64_t end =
+        (task + 1) * kTilesPerTask < count ? (task + 1) * kTilesPerTask : count;
+    for (std::int64_t i = task * kTilesPerTask; i < end; ++i) {
+      const Tile& tile = tiles[static_cast<std::size_t>(i)];
+      copy_tile(segments[tile.segment], table.tile_bytes(), tile.index, copy_run);
+    }
+    // Streaming stores are weakly ordered: they must be visible before another thread is told.
+    if (streaming) finish_streaming();
+  });
+}
+
+}  // namespace packedcomm

@@ -1,0 +1,12 @@
+// The copy engine on the CPU.
+#pragma once
+
+#include "copy_table.hpp"
+
+namespace packedcomm {
+
+// Runs the whole table on up to `threads` threads and returns when every byte is copied. Source and
+// destination ranges must not overlap. Doesn't throw, lock anything of Python's or need the GIL.
+void copy_on_cpu(const CopyTable& table, int threads) noexcept;
+
+}  // namespace packedcomm

@@ -1,0 +1,163 @@
+// One kernel for the whole table: a persistent grid walks the tiles, each block copies one at a
+// time.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "../common/error.hpp"
+#include "copy_cuda.hpp"
+#include "tiling.hpp"
+
+namespace packedcomm {
+namespace {
+
+constexpr int kThreads = 512;
+// Loads that a thread has in flight before its first store.
+constexpr int kUnroll = 4;
+// Runs at least this long are copied by a warp each, shorter ones by a thread each.
+constexpr std::int64_t kWarpRunBytes = 256;
+
+// Copies [from, from + bytes) with `lanes` cooperating threads of which this is number `lane`.
+// Correct for any alignment of either side; destinations are written in 16-byte words wherever a
+// whole word is inside. No byte outside the source range's own 4-byte words is read, and those are
+// inside its allocation because allocations are aligned more coarsely.
+__device__ __forceinline__ void copy_span(char* to, const char* from, std::int64_t bytes, int lane,
+                                          int lanes) {
+  std::int64_t head = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(to) & 15);
+  if (head > bytes) head = bytes;
+  if (lane < head) to[lane] = from[lane];
+  to += head;
+  from += head;
+  bytes -= head;
+  auto* target = reinterpret_cast<uint4*>(to);
+  std::int64_t words;
+  const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(from) & 3);
+  if ((reinterpret_cast<std::uintptr_t>(from) & 15) == 0) {
+    words = bytes >> 4;
+    const auto* source = reinterpret_cast<const uint4*>(from);
+    std::int64_t i = lane;
+    for (; i + (kUnroll - 1) * lanes < words; i += kUnroll * lanes) {
+      uint4 held[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) held[u] = source[i + u * lanes];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) target[i + u * lanes] = held[u];
+    }
+    for (; i < words; i += lanes) target[i] = source[i];
+  } else if (shift == 0) {
+    words = bytes >> 4;
+    const auto* source = reinterpret_cast<const std::uint32_t*>(from);
+#pragma unroll 2
+    for (std::int64_t i = lane; i < words; i += lanes) {
+      const std::uint32_t* at = source + 4 * i;
+      target[i] = make_uint4(at[0], at[1], at[2], at[3]);
+    }
+  } else {
+    // A 16-byte word of the destination straddles five aligned 4-byte words of the source; the last
+    // of them must still hold a byte of the range.
+    words = bytes + shift >= 20 ? (bytes + shift - 4) >> 4 : 0;
+    const auto* source = reinterpret_cast<const std::uint32_t*>(from - shift);
+    const unsigned bits = 8 * shift;
+#pragma unroll 2
+    for (std::int64_t i = lane; i < words; i += lanes) {
+      const std::uint32_t* at = source + 4 * i;
+      const std::uint32_t a = at[0], b = at[1], c = at[2], d = at[3], e = at[4];
+      target[i] = make_uint4(__funnelshift_r(a, b, bits), __funnelshift_r(b, c, bits),
+                             __funnelshift_r(c, d, bits), __funnelshift_r(d, e, bits));
+    }
+  }
+  for (std::int64_t i = (words << 4) + lane; i < bytes; i += lanes) to[i] = from[i];
+}
+
+template <typename Word>
+__device__ __forceinline__ void copy_words(std::uint64_t to, std::uint64_t from,
+                                           std::int64_t bytes) {
+  auto* target = reinterpret_cast<Word*>(to);
+  const auto* source = reinterpret_cast<const Word*>(from);
+  for (std::int64_t i = 0; i < bytes / static_cast<std::int64_t>(sizeof(Word)); ++i) {
+    target[i] = source[i];
+  }
+}
+
+// A short run by one thread, in the widest words that both addresses and the length allow.
+__device__ __forceinline__ void copy_short_run(std::uint64_t to, std::uint64_t from,
+                                               std::int64_t bytes) {
+  const std::uint64_t bits = to | from | static_cast<std::uint64_t>(bytes);
+  if ((bits & 15) == 0) {
+    copy_words<uint4>(to, from, bytes);
+  } else if ((bits & 7) == 0) {
+    copy_words<uint2>(to, from, bytes);
+  } else if ((bits & 3) == 0) {
+    copy_words<std::uint32_t>(to, from, bytes);
+  } else if ((bits & 1) == 0) {
+    copy_words<std::uint16_t>(to, from, bytes);
+  } else {
+    copy_words<std::uint8_t>(to, from, bytes);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    copy_tiles(const Segment* __restrict__ segments, const Tile* __restrict__ tiles,
+               std::int64_t count, std::int64_t tile_bytes) {
+  for (std::int64_t t = blockIdx.x; t < count; t += gridDim.x) {
+    const Tile tile = tiles[t];
+    const Segment& segment = segments[tile.segment];
+    const TileSpan span = locate_tile(segment, tile_bytes, tile.index);
+    if (span.runs == 1) {
+      const RunAddress at = locate_run(segment, span.first_run);
+      copy_span(reinterpret_cast<char*>(at.destination + span.offset),
+                reinterpret_cast<const char*>(at.source + span.offset), span.bytes,
+                static_cast<int>(threadIdx.x), kThreads);
+    } else if (span.bytes >= kWarpRunBytes) {
+      const int lane = static_cast<int>(threadIdx.x) & 31;
+      for (std::int64_t r = threadIdx.x >> 5; r < span.runs; r += kThreads / 32) {
+        const RunAddress at = locate_run(segment, span.first_run + r);
+        copy_span(reinterpret_cast<char*>(at.destination), reinterpret_cast<const char*>(at.source),
+                  span.bytes, lane, 32);
+      }
+    } else {
+      for (std::int64_t r = threadIdx.x; r < span.runs; r += kThreads) {
+        const RunAddress at = locate_run(segment, span.first_run + r);
+        copy_short_run(at.destination, at.source, span.bytes);
+      }
+    }
+  }
+}
+
+void check(cudaError_t status, const char* operation) {
+  if (status == cudaSuccess) return;
+  throw Error(ErrorKind::kCuda, std::string(operation) + " failed: " + cudaGetErrorName(status) +
+                                    ": " + cudaGetErrorString(status));
+}
+
+int blocks_that_fill_device() {
+  int device = 0;
+  int processors = 0;
+  int per_processor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, copy_tiles, kThreads, 0),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return processors * per_processor;
+}
+
+}  // namespace
+
+void copy_on_cuda(std::uint64_t table, std::int64_t segments, std::int64_t tiles,
+                  std::int64_t tile_bytes, std::uint64_t stream, int blocks) {
+  if (tiles == 0) return;
+  // Errors of earlier, unrelated calls must not be reported as this launch's.
+  (void)cudaGetLastError();
+  std::int64_t grid = blocks > 0 ? blocks : blocks_that_fill_device();
+  if (grid > tiles) grid = tiles;
+  const auto* rows = reinterpret_cast<const Segment*>(table);
+  const auto* list =
+      reinterpret_cast<const Tile*>(table + static_cast<std::uint64_t>(segments) * sizeof(Segment));
+  copy_tiles<<<static_cast<unsigned>(grid), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      rows, list, tiles, tile_bytes);
+  check(cudaGetLastError(), "launch of the copy kernel");
+}
+
+}  // namespace packedcomm

@@ -1,0 +1,182 @@
+// Normalisation of strided boxes into segments.
+#include "copy_table.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "../common/error.hpp"
+#include "tiling.hpp"
+
+namespace packedcomm {
+namespace {
+
+struct Dim {
+  std::int64_t extent;
+  std::int64_t source_stride;
+  std::int64_t destination_stride;
+};
+
+// True if no two indices address the same destination bytes: each stride steps over everything that
+// the dimensions inside it span. Sufficient, and exact for every view that slicing and transposing
+// can make.
+bool destination_is_injective(std::vector<Dim> dims, std::int64_t item_bytes) {
+  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+    return std::llabs(a.destination_stride) < std::llabs(b.destination_stride);
+  });
+  std::int64_t span = item_bytes;
+  for (const Dim& dim : dims) {
+    const std::int64_t stride = std::llabs(dim.destination_stride);
+    if (stride < span) return false;
+    span += stride * (dim.extent - 1);
+  }
+  return true;
+}
+
+std::vector<std::int64_t> byte_strides(const ArrayView& array) {
+  std::vector<std::int64_t> strides(array.dims);
+  std::int64_t contiguous = array.item_bytes;
+  for (std::size_t d = array.dims; d-- > 0;) {
+    strides[d] = array.strides == nullptr ? contiguous : array.strides[d] * array.item_bytes;
+    contiguous *= array.shape[d];
+  }
+  return strides;
+}
+
+// Order is free in a copy: dimensions are sorted so that neighbouring runs are neighbours in the
+// destination, then merged wherever both sides step through memory without a gap.
+std::vector<Dim> normalised(const ArrayView& source, const ArrayView& destination) {
+  const std::vector<std::int64_t> source_strides = byte_strides(source);
+  const std::vector<std::int64_t> destination_strides = byte_strides(destination);
+  std::vector<Dim> dims;
+  for (std::size_t d = 0; d < source.dims; ++d) {
+    if (source.shape[d] != 1) {
+      dims.push_back({source.shape[d], source_strides[d], destination_strides[d]});
+    }
+  }
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+    return std::llabs(a.destination_stride) > std::llabs(b.destination_stride);
+  });
+  std::vector<Dim> merged;
+  for (const Dim& dim : dims) {
+    if (!merged.empty() && merged.back().source_stride == dim.extent * dim.source_stride &&
+        merged.back().destination_stride == dim.extent * dim.destination_stride) {
+      merged.back() = {merged.back().extent * dim.extent, dim.source_stride,
+                       dim.destination_stride};
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  return merged;
+}
+
+}  // namespace
+
+std::int64_t ArrayView::nbytes() const noexcept {
+  std::int64_t bytes = item_bytes;
+  for (std::size_t d = 0; d < dims; ++d) bytes *= shape[d];
+  return bytes;
+}
+
+bool ArrayView::contiguous() const noexcept {
+  if (strides == nullptr) return true;
+  std::int64_t expected = 1;
+  for (std::size_t d = dims; d-- > 0;) {
+    if (shape[d] == 0) return true;
+    if (shape[d] != 1 && strides[d] != expected) return false;
+    expected *= shape[d];
+  }
+  return true;
+}
+
+CopyTable::CopyTable(std::int64_t tile_bytes) : tile_bytes_(tile_bytes) {
+  if (tile_bytes < 16) {
+    throw Error(ErrorKind::kArgument,
+                "tile_bytes must be at least 16, got " + std::to_string(tile_bytes));
+  }
+}
+
+void CopyTable::add_contiguous(std::uint64_t source, std::uint64_t destination,
+                               std::int64_t nbytes) {
+  if (nbytes == 0) return;
+  Segment segment{};
+  segment.source = source;
+  segment.destination = destination;
+  segment.run_bytes = nbytes;
+  push(segment);
+}
+
+void CopyTable::add(const ArrayView& source, const ArrayView& destination) {
+  if (source.item_bytes != destination.item_bytes || source.dims != destination.dims ||
+      !std::equal(source.shape, source.shape + source.dims, destination.shape)) {
+    throw Error(ErrorKind::kTensor, "source and destination differ in shape or item size");
+  }
+  if (source.nbytes() == 0) return;
+  if (source.contiguous() && destination.contiguous()) {
+    add_contiguous(source.address, destination.address, source.nbytes());
+    return;
+  }
+  std::vector<Dim> dims = normalised(source, destination);
+  if (!destination_is_injective(dims, source.item_bytes)) {
+    throw Error(ErrorKind::kTensor, "several elements of the destination share memory");
+  }
+  Segment segment{};
+  segment.source = source.address;
+  segment.destination = destination.address;
+  segment.run_bytes = source.item_bytes;
+  if (!dims.empty() && dims.back().source_stride == source.item_bytes &&
+      dims.back().destination_stride == source.item_bytes) {
+    segment.run_bytes *= dims.back().extent;
+    dims.pop_back();
+  }
+  // Dimensions beyond what a segment holds become one segment per outer index.
+  const std::size_t inner = std::min<std::size_t>(dims.size(), kMaxBoxDims);
+  const std::size_t outer = dims.size() - inner;
+  segment.dims = static_cast<std::int64_t>(inner);
+  for (std::size_t d = 0; d < inner; ++d) {
+    segment.extent[d] = dims[outer + d].extent;
+    segment.source_stride[d] = dims[outer + d].source_stride;
+    segment.destination_stride[d] = dims[outer + d].destination_stride;
+  }
+  std::vector<std::int64_t> index(outer, 0);
+  for (;;) {
+    Segment row = segment;
+    for (std::size_t d = 0; d < outer; ++d) {
+      row.source += static_cast<std::uint64_t>(index[d] * dims[d].source_stride);
+      row.destination += static_cast<std::uint64_t>(index[d] * dims[d].destination_stride);
+    }
+    push(row);
+    std::size_t d = outer;
+    while (d > 0 && ++index[d - 1] == dims[d - 1].extent) index[--d] = 0;
+    if (d == 0) break;
+  }
+}
+
+void CopyTable::push(const Segment& segment) {
+  const std::int64_t count = tile_count(segment, tile_bytes_);
+  constexpr std::int64_t kLimit = std::numeric_limits<std::uint32_t>::max();
+  if (count > kLimit || static_cast<std::int64_t>(segments_.size()) >= kLimit) {
+    throw Error(ErrorKind::kTensor, "a copy of " + std::to_string(count) + " tiles is too large");
+  }
+  const auto row = static_cast<std::uint32_t>(segments_.size());
+  segments_.push_back(segment);
+  for (std::int64_t i = 0; i < count; ++i) {
+    tiles_.push_back({row, static_cast<std::uint32_t>(i)});
+  }
+  nbytes_ += run_count(segment) * segment.run_bytes;
+}
+
+std::size_t CopyTable::table_bytes() const noexcept {
+  return segments_.size() * sizeof(Segment) + tiles_.size() * sizeof(Tile);
+}
+
+void CopyTable::write(void* target) const noexcept {
+  auto* bytes = static_cast<char*>(target);
+  std::memcpy(bytes, segments_.data(), segments_.size() * sizeof(Segment));
+  std::memcpy(bytes + segments_.size() * sizeof(Segment), tiles_.data(),
+              tiles_.size() * sizeof(Tile));
+}
+
+}  // namespace packedcomm

@@ -1,0 +1,54 @@
+// The copy table: strided boxes normalised into segments and cut into tiles, once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "segment.hpp"
+
+namespace packedcomm {
+
+// A dense array as the table needs it. Owns nothing: shape and strides point into the tensor.
+struct ArrayView {
+  std::uint64_t address = 0;
+  std::int64_t item_bytes = 1;
+  std::size_t dims = 0;
+  const std::int64_t* shape = nullptr;
+  const std::int64_t* strides = nullptr;  // in items; null means row-major and contiguous
+
+  std::int64_t nbytes() const noexcept;
+  bool contiguous() const noexcept;
+};
+
+// Not thread-safe while it is being built; read-only afterwards. Never throws from accessors.
+class CopyTable {
+ public:
+  explicit CopyTable(std::int64_t tile_bytes);
+
+  // Adds the copy of every element of `source` to the same index of `destination`; both have one
+  // shape and item size. Throws Error(kTensor) if two elements of the destination share memory.
+  void add(const ArrayView& source, const ArrayView& destination);
+
+  // Adds one contiguous copy.
+  void add_contiguous(std::uint64_t source, std::uint64_t destination, std::int64_t nbytes);
+
+  std::int64_t tile_bytes() const noexcept { return tile_bytes_; }
+  std::int64_t nbytes() const noexcept { return nbytes_; }
+  const std::vector<Segment>& segments() const noexcept { return segments_; }
+  const std::vector<Tile>& tiles() const noexcept { return tiles_; }
+
+  // The table as one block of bytes: the segments, then the tiles.
+  std::size_t table_bytes() const noexcept;
+  void write(void* target) const noexcept;
+
+ private:
+  void push(const Segment& segment);
+
+  std::int64_t tile_bytes_;
+  std::int64_t nbytes_ = 0;
+  std::vector<Segment> segments_;
+  std::vector<Tile> tiles_;
+};
+
+}  // namespace packedcomm
