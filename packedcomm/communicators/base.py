@@ -1,0 +1,130 @@
+"""The protocol of every communicator: what a rank can ask of its group."""
+
+from __future__ import annotations
+
+import abc
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from packedcomm.errors import ArgumentError, SessionStateError, TensorError
+
+__all__ = ["Communicator", "check_rank", "contiguous_bytes"]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise `ArgumentError` unless 0 <= rank < world_size."""
+    if type(world_size) is not int or world_size < 1:
+        raise ArgumentError(f"world_size must be an integer >= 1, got {world_size!r}")
+    if type(rank) is not int or not 0 <= rank < world_size:
+        raise ArgumentError(f"rank must be in 0..{world_size - 1}, got {rank!r}")
+
+
+def contiguous_bytes(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    """The tensor's memory as a one-dimensional uint8 tensor, without a copy.
+
+    Raises:
+        TensorError: the tensor isn't dense and contiguous; the message names the operation.
+    """
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise TensorError(
+            f"{operation}: tensor of shape {tuple(tensor.shape)} and strides "
+            f"{tuple(tensor.stride()) if tensor.layout == torch.strided else tensor.layout} "
+            f"is not dense and contiguous"
+        )
+    if tensor.dtype == torch.uint8 and tensor.dim() == 1 and not tensor.requires_grad:
+        return tensor
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(
+        tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (tensor.nbytes,)
+    )
+
+
+class Communicator(abc.ABC):
+    """A fixed group of ranks, independent of torch.distributed's global state.
+
+    Every rank must issue the same operations in the same order. Tensors are moved as bytes and must
+    be dense, contiguous and on `device`. On a GPU an operation is enqueued on the current stream
+    and returns; on a CPU it returns when done.
+
+    A communicator belongs to one thread at a time; only `abort` may be called from another.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @abc.abstractmethod
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        """Copy `tensor` from rank `src` into `tensor` on every other rank.
+
+        Raises:
+            TensorError: the tensor is on another device or isn't contiguous.
+            ArgumentError: `src` is out of range.
+            DeadlineExceeded, PeerLost, NcclError: the operation failed.
+            SessionStateError: the communicator is closed or was aborted.
+        """
+
+    @abc.abstractmethod
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """Send `tensor` to rank `dst`, which must call `recv`. Raises as `broadcast` does."""
+
+    @abc.abstractmethod
+    def recv(self, tensor: torch.Tensor, src: int) -> None:
+        """Receive into `tensor` what rank `src` sends. Raises as `broadcast` does."""
+
+    @abc.abstractmethod
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum `tensor` over all ranks, in place, by its dtype. Raises as `broadcast` does."""
+
+    @abc.abstractmethod
+    def group(self) -> AbstractContextManager[None]:
+        """Operations inside the context are issued together at its end. Groups don't nest."""
+
+    @abc.abstractmethod
+    def abort(self, reason: str) -> None:
+        """End the communicator now; may be called from any thread, any number of times.
+
+        Operations under way and later ones raise `SessionStateError` with the reason here; peers
+        find out by their own deadline or by the lost connection.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent; a failure to close in order ends in an abort."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.abort(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def _check_peer(self, operation: str, argument: str, peer: int) -> None:
+        if type(peer) is not int or not 0 <= peer < self.world_size:
+            raise ArgumentError(
+                f"{operation} on rank {self.rank}: {argument} must be in "
+                f"0..{self.world_size - 1}, got {peer!r}"
+            )
+
+    def _checked_bytes(self, operation: str, tensor: Any) -> torch.Tensor:
+        operation = f"{operation} on rank {self.rank} of {self.world_size}"
+        if not isinstance(tensor, torch.Tensor):
+            tensor = torch.from_dlpack(tensor)
+        if tensor.device != self.device:
+            raise TensorError(
+                f"{operation}: tensor of shape {tuple(tensor.shape)} is on {tensor.device}, "
+                f"the communicator on {self.device}"
+            )
+        return contiguous_bytes(tensor, operation)
+
+    def _closed_error(self, operation: str, reason: str) -> SessionStateError:
+        return SessionStateError(f"{operation} on rank {self.rank} of {self.world_size}: {reason}")

@@ -1,0 +1,225 @@
+"""`broadcast_producer` and `broadcast_consumer`: a stream of named tensors from one rank to the others.
+
+The byte streams are defined in `docs/wire.md`. There is no header on the wire: every rank must be
+called with the same `src`, `buffer_size_bytes` and `wire_format`, and consumers with the metadata of
+exactly the tensors that the producer sends, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+
+from packedcomm.communicators.base import Communicator
+from packedcomm.copying import as_tensor
+from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError, TensorError
+from packedcomm.events import OnEvent
+from packedcomm.manifest import Manifest
+from packedcomm.planning.chunks import Cut, WireFormat, chunk_rule
+from packedcomm.settings import DEFAULTS
+from packedcomm.transports.receiving import Receiving, Target
+from packedcomm.transports.sending import Sending
+from packedcomm.transports.slots import PIPELINES
+
+__all__ = ["broadcast_consumer", "broadcast_producer"]
+
+PostIter = Callable[[tuple[str, Any]], Any]
+PostUnpack = Callable[[list[tuple[str, torch.Tensor]]], Any]
+
+
+def broadcast_producer(
+    iterator: Iterable[tuple[str, Any]],
+    group: Any,
+    src: int = 0,
+    post_iter_func: PostIter | None = None,
+    buffer_size_bytes: int = DEFAULTS.buffer_size_bytes,
+    num_buffers: int = DEFAULTS.num_buffers,
+    *,
+    wire_format: WireFormat = "vllm",
+    on_event: OnEvent | None = None,
+) -> None:
+    """Send named tensors to every other rank of a group.
+
+    On a GPU this returns once everything is enqueued. Packing waits for the work on the stream that
+    is current at the call, that stream's later work waits for the packing, so tensors may be changed
+    or freed right after the return, by work on that stream. On a CPU it returns when everything is
+    sent. May be called from any thread, by one thread at a time per group.
+
+    Buffers are kept for the next call until the group dies or `release_buffers(group)`.
+
+    Args:
+        iterator: `(name, tensor)` pairs: dense tensors of any dtype, shape and strides, all on the
+            group's device; cupy and NumPy arrays count as tensors. It is read lazily, no further
+            than the chunk being packed. An empty iterator sends nothing.
+        group: a `Communicator`, or any object with `broadcast(tensor, src=...)` that works on the
+            current stream, such as vLLM's PyNcclCommunicator.
+        src: this rank, from which the group broadcasts.
+        post_iter_func: maps each `(name, tensor)` to the tensor to send, for example to cast or to
+            gather it; None sends the tensor itself. What it returns is what is described and sent.
+        buffer_size_bytes: bytes at which a packed chunk is cut.
+        num_buffers: buffers that chunks rotate through; 2 overlap packing with the wire.
+        wire_format: `"vllm"` for vLLM's packed byte stream, `"native"` for packedcomm's own, which
+            moves large tensors without packing them.
+        on_event: hook for progress and times, see `packedcomm.events`.
+
+    Raises:
+        ArgumentError: an argument is out of range, or `src` isn't this rank.
+        ManifestError: a name is empty or occurs twice; raised before the tensor's chunk is sent.
+        TensorError: a tensor is on another device, sparse, quantised or otherwise not plain bytes;
+            raised before its chunk is sent.
+        CapacityError: no memory for the buffers.
+        DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
+
+    When the transfer fails after it began, or the iterator raises, a `Communicator` is aborted so
+    that no peer waits for the rest; another kind of group can't be, and its peers wait by its rules.
+    """
+    cut = _checked_arguments(group, src, buffer_size_bytes, num_buffers, wire_format)
+    rank = getattr(group, "rank", src)
+    if isinstance(rank, int) and rank != src:
+        raise ArgumentError(f"broadcast_producer: called on rank {rank}, but src is {src}")
+    with _abort_on_failure(group, "broadcast_producer"):
+        items: Iterator[tuple[str, torch.Tensor]] = _mapped(iterator, post_iter_func)
+        first = next(items, None)
+        if first is None:
+            return
+        device = _group_device(group) or first[1].device
+        if device.type not in ("cpu", "cuda"):
+            raise TensorError(f"tensor {first[0]!r} is on {device}, expected a cpu or cuda device")
+        items = chain((first,), items)
+        del first  # the tensor must not outlive its chunk
+        with PIPELINES.borrow(group, device, num_buffers) as pipeline:
+            Sending(pipeline, group, src, cut, on_event).run(items)
+
+
+def broadcast_consumer(
+    iterator: Iterable[tuple[str, tuple[Any, Any]]],
+    group: Any,
+    src: int = 0,
+    post_unpack_func: PostUnpack | Target | None = None,
+    buffer_size_bytes: int = DEFAULTS.buffer_size_bytes,
+    num_buffers: int = DEFAULTS.num_buffers,
+    device: torch.device | str | int = "cuda",
+    *,
+    wire_format: WireFormat = "vllm",
+    on_event: OnEvent | None = None,
+) -> None:
+    """Receive named tensors that rank `src` of a group sends.
+
+    On a GPU this returns once everything is enqueued, and the work that the current stream gets
+    later comes after the last delivery. A delivery comes after the work that the current stream had
+    at the call. On a CPU it returns when everything is delivered. May be called from any thread, by
+    one thread at a time per group.
+
+    Args:
+        iterator: `(name, (shape, dtype))` of every tensor, in the sender's order; dtypes are torch's
+            or their names. A `Manifest` is such an iterable, and is checked as a whole first.
+        group: as for `broadcast_producer`.
+        src: the sending rank.
+        post_unpack_func: a callback, called once per chunk with `[(name, tensor), ...]`, or a target
+            such as `packedcomm.targets.TensorTarget`, which names the memory to write in place.
+            None drops the data. A callback runs on the calling thread, on a GPU with a stream
+            current on which the tensors are ready; it may keep tensors for as long as it likes,
+            their memory is not reused before.
+        buffer_size_bytes, wire_format: as the sender's, exactly.
+        num_buffers: buffers that chunks rotate through; needn't be the sender's.
+        device: where tensors are received; must be the group's.
+        on_event: hook for progress and times, see `packedcomm.events`.
+
+    Raises:
+        ArgumentError: an argument is out of range, or `src` is this rank.
+        ConfigMismatch: `device` isn't the group's device.
+        CudaError: `device` is a GPU that this process doesn't have.
+        ManifestError: a name is empty or occurs twice, a dtype is unknown, a shape is negative or
+            overflows, or the target refuses a tensor: before any data when `iterator` is a Manifest,
+            before the tensor's chunk otherwise.
+        TensorError: a destination can't be written.
+        CapacityError: no memory for the buffers.
+        DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
+
+    What the callback raises is raised. A failure after the transfer began aborts a `Communicator`.
+    A target that was written when it failed holds old and new tensors.
+    """
+    cut = _checked_arguments(group, src, buffer_size_bytes, num_buffers, wire_format)
+    if getattr(group, "rank", None) == src:
+        raise ArgumentError(f"broadcast_consumer: called on rank {src}, which is src itself")
+    where = _receiving_device(device, group)
+    if isinstance(iterator, Manifest) and isinstance(post_unpack_func, Target):
+        post_unpack_func.check(iterator)
+    with (
+        _abort_on_failure(group, "broadcast_consumer"),
+        PIPELINES.borrow(group, where, num_buffers) as pipeline,
+    ):
+        Receiving(pipeline, group, src, cut, post_unpack_func, on_event).run(iterator)
+
+
+def _checked_arguments(
+    group: Any, src: int, buffer_size_bytes: int, num_buffers: int, wire_format: WireFormat
+) -> Cut:
+    world_size = getattr(group, "world_size", None)
+    if type(src) is not int or src < 0 or (isinstance(world_size, int) and src >= world_size):
+        limit = f"0..{world_size - 1}" if isinstance(world_size, int) else ">= 0"
+        raise ArgumentError(f"src must be a rank in {limit}, got {src!r}")
+    if type(num_buffers) is not int or num_buffers < 1:
+        raise ArgumentError(f"num_buffers must be an integer >= 1, got {num_buffers!r}")
+    return chunk_rule(wire_format, buffer_size_bytes)
+
+
+def _mapped(
+    iterator: Iterable[tuple[str, Any]], post_iter_func: PostIter | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for item in iterator:
+        array = item[1] if post_iter_func is None else post_iter_func(item)
+        if not isinstance(array, torch.Tensor):
+            try:
+                array = as_tensor(array)
+            except TensorError as error:
+                raise TensorError(f"tensor {item[0]!r}: {error}") from error
+        yield item[0], array
+
+
+def _group_device(group: Any) -> torch.device | None:
+    """The device of a group that tells it, with an index."""
+    device = getattr(group, "device", None)
+    if device is None:
+        return None
+    return _indexed(torch.device(device))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _receiving_device(device: torch.device | str | int, group: Any) -> torch.device:
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device: {str(error).splitlines()[0]}") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device must be a cpu or cuda device, got {wanted}")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise CudaError(
+            f"broadcast_consumer: device is {wanted}, but this process has "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    wanted = _indexed(wanted)
+    actual = _group_device(group)
+    if actual is not None and actual != wanted:
+        raise ConfigMismatch(f"broadcast_consumer: device is {wanted}, the group is on {actual}")
+    return wanted
+
+
+@contextmanager
+def _abort_on_failure(group: Any, operation: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(group, Communicator):
+            # Peers are in the middle of the same transfer; this is what tells them.
+            group.abort(f"{operation} failed: {type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,227 @@
+"""The receiving side of a broadcast: receive a chunk, then deliver it to a target or a callback."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from packedcomm.communicators.base import contiguous_bytes
+from packedcomm.copying import check_tensors, unpack_from
+from packedcomm.errors import ManifestError
+from packedcomm.events import OnEvent
+from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
+from packedcomm.planning.chunks import Chunk, Cut
+from packedcomm.transports.lanes import Mark
+from packedcomm.transports.progress import Progress
+from packedcomm.transports.sending import broadcast_all, check_name
+from packedcomm.transports.slots import Pipeline, Slot
+
+__all__ = ["Receiving", "Target"]
+
+Spec = tuple[str, torch.dtype, tuple[int, ...]]
+Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Where received tensors are written in place, by one batched copy per chunk or by receiving
+    straight into them."""
+
+    def check(self, manifest: Manifest) -> None:
+        """Called before any data when the whole manifest is known; raises `ManifestError`."""
+
+    def destination(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The tensor, or strided view, of this dtype and shape to write; raises `ManifestError`."""
+
+    def finish(self, received: set[str]) -> None:
+        """Called once all data is on its way, with the names received; raises `ManifestError`."""
+
+
+@lru_cache(maxsize=256)
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    resolved: torch.dtype = getattr(torch, dtype_name(dtype))
+    return resolved
+
+
+@lru_cache(maxsize=65536)
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+class Receiving:
+    """One call of the consumer: chunks are received in the wire lane, then written to a target in
+    the unpack lane or shown to a callback in the callback lane."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        group: Any,
+        src: int,
+        cut: Cut,
+        receiver: Callback | Target | None,
+        on_event: OnEvent | None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._group = group
+        self._src = src
+        self._cut = cut
+        self._target = receiver if isinstance(receiver, Target) else None
+        self._callback: Callback = (
+            receiver if receiver is not None and self._target is None else lambda _: None  # type: ignore[assignment]
+        )
+        apply = pipeline.callback if self._target is None else pipeline.unpack
+        self._progress = Progress({"wire": pipeline.wire, "unpack": apply}, on_event)
+        self._pulled: dict[int, Spec] = {}
+        self._seen: set[str] = set()
+        self._done: Mark = None
+
+    def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
+        """Receive every tensor that the metadata describes."""
+        with self._progress:
+            for chunk in self._cut(self._sizes(metadata)):
+                specs = [self._pulled.pop(i) for i in chunk.indices]
+                if self._target is not None:
+                    self._receive_into(chunk, specs, self._target)
+                else:
+                    self._receive_for_callback(chunk, specs)
+                self._progress.moved(chunk)
+            if self._target is not None:
+                self._target.finish(self._seen)
+            self._pipeline.caller.wait_for(self._done)
+
+    def _sizes(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Iterator[int]:
+        """Pull descriptions, remember them by position, yield their sizes in bytes."""
+        pulled = self._pulled
+        seen = self._seen
+        for index, (name, (shape, dtype)) in enumerate(metadata):
+            check_name(name, seen)
+            try:
+                shape = tuple(shape)
+                nbytes = checked_nbytes(shape, dtype)
+                pulled[index] = (name, _torch_dtype(dtype), shape)
+            except (ManifestError, TypeError) as error:
+                raise ManifestError(f"tensor {name!r}: {error}") from None
+            yield nbytes
+
+    # Into a target.
+
+    def _receive_into(self, chunk: Chunk, specs: list[Spec], target: Target) -> None:
+        names = [name for name, _, _ in specs]
+        tensors = [target.destination(*spec) for spec in specs]
+        if chunk.direct or len(tensors) == 1:
+            contiguous = check_tensors(tensors, self._pipeline.device, names)
+            if chunk.direct or contiguous[0]:
+                self._receive_direct(chunk, names, tensors, contiguous)
+                return
+        slot = self._pipeline.next_slot()
+        buffer, received = self._receive(slot, chunk.nbytes)
+        self._done = slot.free = self._pipeline.unpack.run(
+            lambda: unpack_from(buffer, tensors, chunk.offsets, chunk.sizes, names),
+            after=(received,),
+        )
+
+    def _receive_direct(
+        self, chunk: Chunk, names: list[str], tensors: list[torch.Tensor], contiguous: list[bool]
+    ) -> None:
+        """Receive each tensor in its own memory; a destination that isn't contiguous is filled from
+        a buffer afterwards."""
+        pipeline = self._pipeline
+        aside = {
+            i: pipeline.allocate(chunk.sizes[i]) for i, whole in enumerate(contiguous) if not whole
+        }
+        views = [
+            aside[i] if i in aside else contiguous_bytes(tensor, "receive")
+            for i, tensor in enumerate(tensors)
+        ]
+        self._done = pipeline.wire.run(
+            lambda: broadcast_all(self._group, views, self._src),
+            after=(pipeline.caller.mark(), self._done),
+        )
+        for i, buffer in aside.items():
+            self._scatter_one(buffer, tensors[i], chunk.sizes[i], names[i])
+
+    def _scatter_one(
+        self, buffer: torch.Tensor, tensor: torch.Tensor, size: int, name: str
+    ) -> None:
+        self._done = self._pipeline.unpack.run(
+            lambda: unpack_from(buffer, [tensor], [0], [size], [name]), after=(self._done,)
+        )
+
+    def _receive(self, slot: Slot, nbytes: int) -> tuple[torch.Tensor, Mark]:
+        buffer = self._pipeline.reserve(slot, nbytes)
+        received = self._pipeline.wire.run(
+            lambda: self._group.broadcast(buffer, src=self._src),
+            # The caller's mark covers earlier users of the destinations and of the slot's memory.
+            after=(self._pipeline.caller.mark(), slot.free),
+        )
+        return buffer, received
+
+    # For a callback.
+
+    def _receive_for_callback(self, chunk: Chunk, specs: list[Spec]) -> None:
+        pipeline = self._pipeline
+        if chunk.direct:
+            items = [self._whole_tensor(spec, size) for spec, size in zip(specs, chunk.sizes, strict=True)]
+            views = [contiguous_bytes(tensor, "receive") for _, tensor in items]
+            received = pipeline.wire.run(
+                lambda: broadcast_all(self._group, views, self._src),
+                after=(pipeline.caller.mark(),),
+            )
+            self._done = pipeline.callback.run(lambda: self._callback(items), after=(received,))
+            return
+        slot = pipeline.next_slot()
+        _, received = self._receive(slot, chunk.nbytes)
+        self._done = slot.free = pipeline.callback.run(
+            lambda: self._show(slot, chunk, specs), after=(received,)
+        )
+
+    def _whole_tensor(self, spec: Spec, size: int) -> tuple[str, torch.Tensor]:
+        name, dtype, shape = spec
+        return name, self._pipeline.allocate(size).view(dtype).view(shape)
+
+    def _show(self, slot: Slot, chunk: Chunk, specs: list[Spec]) -> None:
+        storage = self._call_back(slot, chunk, specs)
+        if storage() is not None:
+            # The callback kept a view: its memory must never be received into again.
+            self._pipeline.give_away(slot)
+
+    def _call_back(
+        self, slot: Slot, chunk: Chunk, specs: list[Spec]
+    ) -> weakref.ref[torch.UntypedStorage]:
+        """Call the callback with views of the slot; nothing here refers to them afterwards."""
+        alias, storage = self._pipeline.lend(slot, chunk.nbytes)
+        typed: dict[torch.dtype, torch.Tensor] = {}
+        items: list[tuple[str, torch.Tensor]] = []
+        misaligned: list[int] = []
+        for i, (name, dtype, shape) in enumerate(specs):
+            base = typed.get(dtype)
+            if base is None:
+                whole = chunk.nbytes // dtype.itemsize * dtype.itemsize
+                base = typed[dtype] = alias[:whole].view(dtype)
+            offset, rest = divmod(chunk.offsets[i], dtype.itemsize)
+            if rest:
+                misaligned.append(i)
+                items.append((name, torch.empty(shape, dtype=dtype, device=alias.device)))
+            else:
+                items.append((name, base.as_strided(shape, _row_major(shape), offset)))
+        if misaligned:
+            # No view of such an address can have the dtype: these arrive as aligned copies.
+            unpack_from(
+                alias,
+                [items[i][1] for i in misaligned],
+                [chunk.offsets[i] for i in misaligned],
+                [chunk.sizes[i] for i in misaligned],
+            )
+        self._callback(items)
+        return storage

@@ -1,0 +1,160 @@
+"""Slots: the persistent buffers that packed chunks rotate through, and the lanes beside them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from packedcomm.errors import CapacityError
+from packedcomm.transports.lanes import (
+    Caller,
+    CallerStream,
+    CallerThread,
+    InlineLane,
+    Lane,
+    Mark,
+    StreamLane,
+    WorkerLane,
+)
+
+__all__ = ["Pipeline", "Slot", "release_buffers"]
+
+# torch's allocators round to this anyway; it keeps chunks of nearly equal sizes from reallocating.
+_GRAIN_BYTES = 2 << 20
+
+
+@dataclass(slots=True)
+class Slot:
+    """One buffer of a pipeline. `free` is the end of the last work that touches it."""
+
+    buffer: torch.Tensor | None = None
+    free: Mark = None
+
+
+class Pipeline:
+    """Lanes and slots of one group in one direction, kept from one transfer to the next.
+
+    Taken out of the cache while a transfer uses it, so that two transfers never share a slot.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.caller: Caller
+        self.wire: Lane
+        self.pack: Lane
+        self.unpack: Lane
+        self.callback: Lane
+        if device.type == "cuda":
+            self.wire = StreamLane(device)
+            # One direction at a time, so packing and unpacking share a stream; callbacks run on the
+            # stream of the unpacking, in its order.
+            self.pack = self.unpack = self.callback = StreamLane(device)
+        else:
+            self.wire = self.callback = InlineLane()
+            self.pack = self.unpack = WorkerLane("copy")
+        self.slots: list[Slot] = []
+        self._next = 0
+
+    def begin(self, num_buffers: int) -> None:
+        """Adopt the caller's present stream or thread and have `num_buffers` slots."""
+        self.caller = CallerStream(self.device) if self.device.type == "cuda" else CallerThread()
+        del self.slots[num_buffers:]
+        self.slots += [Slot() for _ in range(num_buffers - len(self.slots))]
+        self._next = 0
+
+    def next_slot(self) -> Slot:
+        """The slots in rotation."""
+        slot = self.slots[self._next]
+        self._next = (self._next + 1) % len(self.slots)
+        return slot
+
+    def reserve(self, slot: Slot, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` bytes of a slot, which grows to the largest chunk it is asked for.
+
+        Raises:
+            CapacityError: no memory.
+        """
+        if slot.buffer is None or slot.buffer.nbytes < nbytes:
+            # The old buffer goes before the new one comes, so that both needn't fit. Work that is
+            # still under way on it keeps it, through its reference or the allocator's streams.
+            slot.buffer = None
+            slot.buffer = self.allocate(-(-nbytes // _GRAIN_BYTES) * _GRAIN_BYTES)
+        return slot.buffer[:nbytes]
+
+    def lend(
+        self, slot: Slot, nbytes: int
+    ) -> tuple[torch.Tensor, weakref.ref[torch.UntypedStorage]]:
+        """A tensor over a slot with a storage of its own, and a reference that dies with the last
+        view of that storage, whoever holds it."""
+        assert slot.buffer is not None
+        alias = torch.from_dlpack(slot.buffer[:nbytes])
+        return alias, weakref.ref(alias.untyped_storage())
+
+    def give_away(self, slot: Slot) -> None:
+        """Leave a slot's buffer to whoever still refers to it; the next chunk gets a new one."""
+        if slot.buffer is not None and isinstance(self.caller, CallerStream):
+            # It may have been allocated while another stream of the caller's was current.
+            slot.buffer.record_stream(self.caller.stream)
+        slot.buffer = None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Bytes that every lane and the caller may use in any order that marks establish.
+
+        Raises:
+            CapacityError: no memory.
+        """
+        try:
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError on a CPU
+            raise CapacityError(
+                f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
+                f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
+            ) from error
+        for lane in (self.wire, self.pack):
+            # The block belongs to the caller's stream; freed, it must not be handed out again
+            # before these streams are done with it.
+            if isinstance(lane, StreamLane):
+                buffer.record_stream(lane.stream)
+        return buffer
+
+
+class _PipelineCache:
+    """Pipelines by group, for as long as the group lives."""
+
+    def __init__(self) -> None:
+        self._by_group: weakref.WeakKeyDictionary[Any, dict[torch.device, Pipeline]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @contextmanager
+    def borrow(self, group: Any, device: torch.device, num_buffers: int) -> Iterator[Pipeline]:
+        """The group's pipeline, or a new one; kept for the next time unless the body raises."""
+        try:
+            kept = self._by_group.setdefault(group, {})
+        except TypeError:  # a group that can't be referred to weakly gets new buffers every time
+            kept = {}
+        pipeline = kept.pop(device, None) or Pipeline(device)
+        pipeline.begin(num_buffers)
+        yield pipeline
+        kept[device] = pipeline
+
+    def drop(self, group: Any) -> None:
+        with suppress(TypeError):
+            self._by_group.pop(group, None)
+
+
+PIPELINES = _PipelineCache()
+
+
+def release_buffers(group: Any) -> None:
+    """Free the buffers that transfers over this group have left for the next one.
+
+    They otherwise live as long as the group: `num_buffers` slots, each of the largest chunk it held.
+    Must not be called while a transfer over the group runs.
+    """
+    PIPELINES.drop(group)
