@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from packedcomm import _native
 from packedcomm.errors import ArgumentError, CapacityError, TensorError
-from packedcomm.settings import DEFAULTS
 
 __all__ = [
     "CopyPlan",
@@ -32,6 +32,9 @@ __all__ = [
 _CUDA_TILE_BYTES = 32 << 10
 _CPU_TILE_BYTES = 256 << 10
 
+# More threads than this don't copy faster: memory bandwidth is spent.
+_MOST_THREADS = 8
+
 
 def as_tensor(array: Any) -> torch.Tensor:
     """A torch tensor over the same memory: a tensor itself, or a cupy or NumPy array (DLPack, else
@@ -44,7 +47,7 @@ def as_tensor(array: Any) -> torch.Tensor:
         return array
     try:
         if hasattr(array, "__dlpack__"):
-            return torch.from_dlpack(array)
+            return from_dlpack(array)
         if hasattr(array, "__cuda_array_interface__"):
             return torch.as_tensor(array)
     except (BufferError, RuntimeError, TypeError) as error:
@@ -60,7 +63,7 @@ def _new_table(device: torch.device) -> _native.CopyTable:
 def _thread_count(threads: int) -> int:
     if threads < 0:
         raise ArgumentError(f"threads must be >= 0, got {threads}")
-    return threads or DEFAULTS.copy_threads or min(8, len(os.sched_getaffinity(0)))
+    return threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _upload(table: _native.CopyTable, device: torch.device) -> torch.Tensor:
@@ -115,7 +118,7 @@ class CopyPlan:
 
     Args:
         pairs: `(source, destination)` tensors or arrays.
-        threads: CPU threads; 0 takes the default of `Settings.copy_threads`.
+        threads: CPU threads; 0 means the number of processors this process may use, 8 at most.
         blocks: bound on the CUDA grid (thread blocks of 512 threads); 0 fills the device. A narrow
             grid leaves multiprocessors to other kernels, such as NCCL's.
 
@@ -229,7 +232,8 @@ def pack(tensors: Sequence[Any], out: torch.Tensor) -> None:
 
 
 def contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A new contiguous tensor with the same elements, bit for bit; on a GPU on the current stream."""
+    """A new contiguous tensor with the same elements, bit for bit; on a GPU on the current
+    stream."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     table = _new_table(tensor.device)
     table.add_pairs([tensor], [copy], None)

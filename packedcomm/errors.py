@@ -109,7 +109,8 @@ class CudaError(PackedCommError, RuntimeError):
 
 
 class ContextLost(PackedCommError, RuntimeError):
-    """A communicator can't be aborted or the CUDA context is unusable: this process must restart."""
+    """A communicator can't be aborted or the CUDA context is unusable: this process must
+    restart."""
 
 
 class SessionStateError(PackedCommError, RuntimeError):

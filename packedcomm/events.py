@@ -29,8 +29,8 @@ class TransferFinished:
     nbytes: int
     seconds: dict[str, float]
     """Time of each stage, summed over chunks: `pack` and `wire` on the sending side, `wire` and
-    `unpack` on the receiving one; `total` is from call to end. Stages overlap, so they may add up to
-    more than the total. On a receiver `wire` includes waiting for the sender."""
+    `unpack` on the receiving one; `total` is from call to end. Stages overlap, so they may add up
+    to more than the total. On a receiver `wire` includes waiting for the sender."""
 
 
 OnEvent = Callable[[ChunkMoved | TransferFinished], None]

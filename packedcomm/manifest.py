@@ -1,10 +1,12 @@
-"""`TensorSpec` and `Manifest`: what is sent, described, validated and digested without any tensor."""
+"""`TensorSpec` and `Manifest`: what is sent, described, validated and digested without any
+tensor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -151,11 +153,12 @@ class Manifest:
         self.specs: tuple[TensorSpec, ...] = tuple(specs)
         if len(self.specs) > DEFAULTS.max_tensors:
             raise ManifestError(
-                f"manifest has {len(self.specs)} tensors, at most {DEFAULTS.max_tensors} are allowed"
+                f"manifest has {len(self.specs)} tensors, "
+                f"at most {DEFAULTS.max_tensors} are allowed"
             )
-        if len({spec.name for spec in self.specs}) != len(self.specs):
-            seen: set[str] = set()
-            twice = [s.name for s in self.specs if s.name in seen or seen.add(s.name)]  # type: ignore[func-returns-value]
+        counts = Counter(spec.name for spec in self.specs)
+        if len(counts) != len(self.specs):
+            twice = [name for name, count in counts.items() if count > 1]
             more = f" and {len(twice) - 10} more" if len(twice) > 10 else ""
             raise ManifestError(f"duplicate tensor names: {', '.join(twice[:10])}{more}")
 

@@ -14,7 +14,6 @@ from packedcomm.errors import ArgumentError
 
 __all__ = ["DEFAULTS", "Settings"]
 
-MiB = 1 << 20
 GiB = 1 << 30
 
 
@@ -32,15 +31,6 @@ class Settings:
     num_buffers: int = 2
     """Slots that packing, broadcast and unpacking rotate through."""
 
-    direct_bytes: int = 1 * MiB
-    """Native format: a tensor of at least this size travels alone, from memory to memory."""
-
-    group_bytes: int = 512 * MiB
-    """Native format: neighbouring direct tensors are broadcast as one group up to this size."""
-
-    group_tensors: int = 64
-    """Native format: and up to this many."""
-
     connect_timeout_s: float = 120.0
     """Deadline for a rendezvous and for making a communicator."""
 
@@ -49,10 +39,6 @@ class Settings:
 
     close_timeout_s: float = 10.0
     """Deadline for an orderly close; after it a communicator is aborted."""
-
-    copy_threads: int = 0
-    """Threads of the CPU copy engine; 0 means the number of processors this process may use,
-    8 at most."""
 
     max_tensors: int = 4_000_000
     """Cap on the entries of a manifest."""
@@ -72,12 +58,11 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, str):
                 continue
-            minimum = 0 if field.name in ("copy_threads", "direct_bytes") else 1
             if field.name.endswith("_s"):
                 if not value > 0:
                     raise ArgumentError(f"Settings.{field.name} must be > 0 seconds, got {value!r}")
-            elif value < minimum:
-                raise ArgumentError(f"Settings.{field.name} must be >= {minimum}, got {value!r}")
+            elif value < 1:
+                raise ArgumentError(f"Settings.{field.name} must be >= 1, got {value!r}")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:

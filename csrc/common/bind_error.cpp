@@ -19,6 +19,8 @@ const char* class_name(ErrorKind kind) {
       return "RendezvousTimeout";
     case ErrorKind::kDeadlineExceeded:
       return "DeadlineExceeded";
+    case ErrorKind::kPeerLost:
+      return "PeerLost";
     case ErrorKind::kVersionMismatch:
       return "VersionMismatch";
     case ErrorKind::kNccl:

@@ -11,6 +11,7 @@ enum class ErrorKind {
   kTensor,
   kRendezvousTimeout,
   kDeadlineExceeded,
+  kPeerLost,
   kVersionMismatch,
   kNccl,
   kCuda,

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from packedcomm.copying import as_tensor
 from packedcomm.errors import ArgumentError, SessionStateError, TensorError
 
 __all__ = ["Communicator", "check_rank", "contiguous_bytes"]
@@ -37,9 +38,8 @@ def contiguous_bytes(tensor: torch.Tensor, operation: str) -> torch.Tensor:
     if tensor.dtype == torch.uint8 and tensor.dim() == 1 and not tensor.requires_grad:
         return tensor
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(
-        tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (tensor.nbytes,)
-    )
+    first = tensor.storage_offset() * tensor.itemsize
+    return flat.set_(tensor.untyped_storage(), first, (tensor.nbytes,), (1,))
 
 
 class Communicator(abc.ABC):
@@ -117,8 +117,7 @@ class Communicator(abc.ABC):
 
     def _checked_bytes(self, operation: str, tensor: Any) -> torch.Tensor:
         operation = f"{operation} on rank {self.rank} of {self.world_size}"
-        if not isinstance(tensor, torch.Tensor):
-            tensor = torch.from_dlpack(tensor)
+        tensor = as_tensor(tensor)
         if tensor.device != self.device:
             raise TensorError(
                 f"{operation}: tensor of shape {tuple(tensor.shape)} is on {tensor.device}, "

@@ -13,10 +13,12 @@ from functools import partial
 from typing import Literal
 
 from packedcomm.errors import ArgumentError
-from packedcomm.settings import DEFAULTS, Settings
 
 __all__ = [
     "NATIVE_ALIGNMENT",
+    "NATIVE_DIRECT_BYTES",
+    "NATIVE_GROUP_BYTES",
+    "NATIVE_GROUP_TENSORS",
     "Chunk",
     "Cut",
     "WireFormat",
@@ -26,8 +28,18 @@ __all__ = [
     "vllm_chunks",
 ]
 
+# The parameters of version 1 of the native format: part of the wire, so not settings.
 NATIVE_ALIGNMENT = 16
-"""Bytes. In the native format every tensor of a packed chunk starts at a multiple of it."""
+"""Bytes. Every tensor of a packed chunk starts at a multiple of it."""
+
+NATIVE_DIRECT_BYTES = 1 << 20
+"""A tensor of at least this size travels from memory to memory, unpacked."""
+
+NATIVE_GROUP_BYTES = 512 << 20
+"""A direct chunk is complete at this many bytes..."""
+
+NATIVE_GROUP_TENSORS = 64
+"""...or this many tensors."""
 
 WireFormat = Literal["vllm", "native"]
 
@@ -84,9 +96,9 @@ def vllm_chunks(sizes: Iterable[int], buffer_size_bytes: int) -> Iterator[Chunk]
 def native_chunks(
     sizes: Iterable[int],
     buffer_size_bytes: int,
-    direct_bytes: int = DEFAULTS.direct_bytes,
-    group_bytes: int = DEFAULTS.group_bytes,
-    group_tensors: int = DEFAULTS.group_tensors,
+    direct_bytes: int = NATIVE_DIRECT_BYTES,
+    group_bytes: int = NATIVE_GROUP_BYTES,
+    group_tensors: int = NATIVE_GROUP_TENSORS,
 ) -> Iterator[Chunk]:
     """The native rule: large tensors travel unpacked in groups, small ones packed and aligned.
 
@@ -126,10 +138,8 @@ def native_chunks(
         yield Chunk(packed, packed_sizes, offsets, end)
 
 
-def chunk_rule(
-    wire_format: WireFormat, buffer_size_bytes: int, settings: Settings = DEFAULTS
-) -> Cut:
-    """The rule of a wire format with its parameters bound.
+def chunk_rule(wire_format: WireFormat, buffer_size_bytes: int) -> Cut:
+    """The rule of a wire format with its buffer size bound.
 
     Raises:
         ArgumentError: the format is unknown or the buffer size isn't an integer > 0.
@@ -141,13 +151,7 @@ def chunk_rule(
     if wire_format == "vllm":
         return partial(vllm_chunks, buffer_size_bytes=buffer_size_bytes)
     if wire_format == "native":
-        return partial(
-            native_chunks,
-            buffer_size_bytes=buffer_size_bytes,
-            direct_bytes=settings.direct_bytes,
-            group_bytes=settings.group_bytes,
-            group_tensors=settings.group_tensors,
-        )
+        return partial(native_chunks, buffer_size_bytes=buffer_size_bytes)
     raise ArgumentError(f"wire_format must be 'vllm' or 'native', got {wire_format!r}")
 
 

@@ -45,7 +45,8 @@ class TensorTarget:
             tensor = as_tensor(array)
             if tensor.requires_grad:
                 raise TensorError(
-                    f"tensor {name!r} requires grad and can't be written in place: pass its detach()"
+                    f"tensor {name!r} requires grad and can't be written in place: "
+                    "pass its detach()"
                 )
             check_tensors([tensor], tensor.device, [name])
             self._tensors[name] = tensor

@@ -1,8 +1,9 @@
-"""`broadcast_producer` and `broadcast_consumer`: a stream of named tensors from one rank to the others.
+"""`broadcast_producer` and `broadcast_consumer`: a stream of named tensors from one rank to the
+others.
 
 The byte streams are defined in `docs/wire.md`. There is no header on the wire: every rank must be
-called with the same `src`, `buffer_size_bytes` and `wire_format`, and consumers with the metadata of
-exactly the tensors that the producer sends, in the same order.
+called with the same `src`, `buffer_size_bytes` and `wire_format`, and consumers with the metadata
+of exactly the tensors that the producer sends, in the same order.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def broadcast_producer(
     """Send named tensors to every other rank of a group.
 
     On a GPU this returns once everything is enqueued. Packing waits for the work on the stream that
-    is current at the call, that stream's later work waits for the packing, so tensors may be changed
-    or freed right after the return, by work on that stream. On a CPU it returns when everything is
-    sent. May be called from any thread, by one thread at a time per group.
+    is current at the call, that stream's later work waits for the packing, so tensors may be
+    changed or freed right after the return, by work on that stream. On a CPU it returns when
+    everything is sent. May be called from any thread, by one thread at a time per group.
 
     Buffers are kept for the next call until the group dies or `release_buffers(group)`.
 
@@ -75,7 +76,8 @@ def broadcast_producer(
         DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
 
     When the transfer fails after it began, or the iterator raises, a `Communicator` is aborted so
-    that no peer waits for the rest; another kind of group can't be, and its peers wait by its rules.
+    that no peer waits for the rest; another kind of group can't be, and its peers wait by its
+    rules.
     """
     cut = _checked_arguments(group, src, buffer_size_bytes, num_buffers, wire_format)
     rank = getattr(group, "rank", src)
@@ -115,15 +117,16 @@ def broadcast_consumer(
     one thread at a time per group.
 
     Args:
-        iterator: `(name, (shape, dtype))` of every tensor, in the sender's order; dtypes are torch's
-            or their names. A `Manifest` is such an iterable, and is checked as a whole first.
+        iterator: `(name, (shape, dtype))` of every tensor, in the sender's order; dtypes are
+            torch's or their names. A `Manifest` is such an iterable, and is checked as a whole
+            first.
         group: as for `broadcast_producer`.
         src: the sending rank.
-        post_unpack_func: a callback, called once per chunk with `[(name, tensor), ...]`, or a target
-            such as `packedcomm.targets.TensorTarget`, which names the memory to write in place.
-            None drops the data. A callback runs on the calling thread, on a GPU with a stream
-            current on which the tensors are ready; it may keep tensors for as long as it likes,
-            their memory is not reused before.
+        post_unpack_func: a callback, called once per chunk with `[(name, tensor), ...]`, or a
+            target such as `packedcomm.targets.TensorTarget`, which names the memory to write in
+            place. None drops the data. A callback runs on the calling thread, on a GPU with a
+            stream current on which the tensors are ready; it may keep tensors for as long as it
+            likes, their memory is not reused before.
         buffer_size_bytes, wire_format: as the sender's, exactly.
         num_buffers: buffers that chunks rotate through; needn't be the sender's.
         device: where tensors are received; must be the group's.
@@ -134,7 +137,8 @@ def broadcast_consumer(
         ConfigMismatch: `device` isn't the group's device.
         CudaError: `device` is a GPU that this process doesn't have.
         ManifestError: a name is empty or occurs twice, a dtype is unknown, a shape is negative or
-            overflows, or the target refuses a tensor: before any data when `iterator` is a Manifest,
+            overflows, or the target refuses a tensor: before any data when `iterator` is a
+                Manifest,
             before the tensor's chunk otherwise.
         TensorError: a destination can't be written.
         CapacityError: no memory for the buffers.
@@ -209,7 +213,7 @@ def _receiving_device(device: torch.device | str | int, group: Any) -> torch.dev
         )
     wanted = _indexed(wanted)
     actual = _group_device(group)
-    if actual is not None and actual != wanted:
+    if actual not in (None, wanted):
         raise ConfigMismatch(f"broadcast_consumer: device is {wanted}, the group is on {actual}")
     return wanted
 

@@ -77,7 +77,7 @@ class StreamLane:
         return total
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=self._timing)
+        event = torch.cuda.Event(enable_timing=self._timing)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 
@@ -134,7 +134,7 @@ class CallerStream:
         self.stream = torch.cuda.current_stream(device)
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 

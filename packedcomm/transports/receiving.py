@@ -18,7 +18,7 @@ from packedcomm.planning.chunks import Chunk, Cut
 from packedcomm.transports.lanes import Mark
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.sending import broadcast_all, check_name
-from packedcomm.transports.slots import Pipeline, Slot
+from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
 
 __all__ = ["Receiving", "Target"]
 
@@ -34,9 +34,7 @@ class Target(Protocol):
     def check(self, manifest: Manifest) -> None:
         """Called before any data when the whole manifest is known; raises `ManifestError`."""
 
-    def destination(
-        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> torch.Tensor:
+    def destination(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, or strided view, of this dtype and shape to write; raises `ManifestError`."""
 
     def finish(self, received: set[str]) -> None:
@@ -59,6 +57,10 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _drop(items: list[tuple[str, torch.Tensor]]) -> None:
+    """The callback of a receiver that wants nothing."""
+
+
 class Receiving:
     """One call of the consumer: chunks are received in the wire lane, then written to a target in
     the unpack lane or shown to a callback in the callback lane."""
@@ -76,10 +78,12 @@ class Receiving:
         self._group = group
         self._src = src
         self._cut = cut
-        self._target = receiver if isinstance(receiver, Target) else None
-        self._callback: Callback = (
-            receiver if receiver is not None and self._target is None else lambda _: None  # type: ignore[assignment]
-        )
+        self._target: Target | None = None
+        self._callback: Callback = _drop
+        if isinstance(receiver, Target):
+            self._target = receiver
+        elif receiver is not None:
+            self._callback = receiver
         apply = pipeline.callback if self._target is None else pipeline.unpack
         self._progress = Progress({"wire": pipeline.wire, "unpack": apply}, on_event)
         self._pulled: dict[int, Spec] = {}
@@ -127,7 +131,9 @@ class Receiving:
         slot = self._pipeline.next_slot()
         buffer, received = self._receive(slot, chunk.nbytes)
         self._done = slot.free = self._pipeline.unpack.run(
-            lambda: unpack_from(buffer, tensors, chunk.offsets, chunk.sizes, names),
+            lambda: unpack_from(
+                buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
+            ),
             after=(received,),
         )
 
@@ -155,7 +161,8 @@ class Receiving:
         self, buffer: torch.Tensor, tensor: torch.Tensor, size: int, name: str
     ) -> None:
         self._done = self._pipeline.unpack.run(
-            lambda: unpack_from(buffer, [tensor], [0], [size], [name]), after=(self._done,)
+            lambda: unpack_from(buffer, [tensor], [0], [size], [name], blocks=COPY_BLOCKS),
+            after=(self._done,),
         )
 
     def _receive(self, slot: Slot, nbytes: int) -> tuple[torch.Tensor, Mark]:
@@ -172,7 +179,10 @@ class Receiving:
     def _receive_for_callback(self, chunk: Chunk, specs: list[Spec]) -> None:
         pipeline = self._pipeline
         if chunk.direct:
-            items = [self._whole_tensor(spec, size) for spec, size in zip(specs, chunk.sizes, strict=True)]
+            items = [
+                self._whole_tensor(spec, size)
+                for spec, size in zip(specs, chunk.sizes, strict=True)
+            ]
             views = [contiguous_bytes(tensor, "receive") for _, tensor in items]
             received = pipeline.wire.run(
                 lambda: broadcast_all(self._group, views, self._src),

@@ -15,7 +15,7 @@ from packedcomm.events import OnEvent
 from packedcomm.planning.chunks import Chunk, Cut
 from packedcomm.transports.lanes import Mark
 from packedcomm.transports.progress import Progress
-from packedcomm.transports.slots import Pipeline, Slot
+from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
 
 __all__ = ["Sending", "broadcast_all", "check_name"]
 
@@ -90,8 +90,8 @@ class Sending:
     def _in_place(self, chunk: Chunk, tensors: list[torch.Tensor], names: list[str]) -> bool:
         """Whether the chunk goes out from the tensors' own memory.
 
-        A packed chunk of one contiguous tensor has the same bytes as the tensor. In a direct chunk a
-        tensor that isn't contiguous is replaced by a contiguous copy.
+        A packed chunk of one contiguous tensor has the same bytes as the tensor. In a direct chunk
+        a tensor that isn't contiguous is replaced by a contiguous copy.
         """
         if not chunk.direct and len(tensors) > 1:
             return False
@@ -118,7 +118,9 @@ class Sending:
             self._send_packed()
         buffer = self._pipeline.reserve(slot, chunk.nbytes)
         packed = self._pipeline.pack.run(
-            lambda: pack_into(buffer, tensors, chunk.offsets, chunk.sizes, names),
+            lambda: pack_into(
+                buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
+            ),
             # The caller's mark covers what filled the tensors and what freed the slot's memory.
             after=(self._pipeline.caller.mark(), slot.free),
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from packedcomm.errors import CapacityError
 from packedcomm.transports.lanes import (
@@ -23,6 +24,10 @@ from packedcomm.transports.lanes import (
 )
 
 __all__ = ["Pipeline", "Slot", "release_buffers"]
+
+# Thread blocks of the copy kernels that run beside NCCL's: enough to keep ahead of the wire, few
+# enough to leave multiprocessors to the broadcast, whose blocks otherwise wait for theirs.
+COPY_BLOCKS = 64
 
 # torch's allocators round to this anyway; it keeps chunks of nearly equal sizes from reallocating.
 _GRAIN_BYTES = 2 << 20
@@ -92,7 +97,7 @@ class Pipeline:
         """A tensor over a slot with a storage of its own, and a reference that dies with the last
         view of that storage, whoever holds it."""
         assert slot.buffer is not None
-        alias = torch.from_dlpack(slot.buffer[:nbytes])
+        alias = from_dlpack(slot.buffer[:nbytes])
         return alias, weakref.ref(alias.untyped_storage())
 
     def give_away(self, slot: Slot) -> None:
@@ -154,7 +159,8 @@ PIPELINES = _PipelineCache()
 def release_buffers(group: Any) -> None:
     """Free the buffers that transfers over this group have left for the next one.
 
-    They otherwise live as long as the group: `num_buffers` slots, each of the largest chunk it held.
+    They otherwise live as long as the group: `num_buffers` slots, each of the largest chunk it
+        held.
     Must not be called while a transfer over the group runs.
     """
     PIPELINES.drop(group)

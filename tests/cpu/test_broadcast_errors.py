@@ -162,9 +162,7 @@ def test_a_callback_that_raises_aborts_a_communicator_and_is_raised():
 
     group = Receiver(rank=1)
     with pytest.raises(ZeroDivisionError):
-        broadcast_consumer(
-            [("w", ((2,), "float32"))], group, 0, lambda items: 1 / 0, device="cpu"
-        )
+        broadcast_consumer([("w", ((2,), "float32"))], group, 0, lambda items: 1 / 0, device="cpu")
     assert "ZeroDivisionError" in group.aborted[0]
 
 

@@ -189,10 +189,7 @@ def test_a_launch_without_cuda_is_a_typed_error():
     from packedcomm import _native
 
     table = _native.CopyTable("cuda", 0, 1024)
-    expected = "CudaError|built without CUDA"
-    try:
-        table.launch(0, 0, 1)  # an empty table has nothing to launch
-    except CudaError as error:
-        assert "built without CUDA" in str(error), expected
-    else:
-        assert _native.cuda_architectures
+    if _native.cuda_architectures:
+        pytest.skip("needs an extension built without CUDA")
+    with pytest.raises(CudaError, match="built without CUDA"):
+        table.launch(0, 0, 1)

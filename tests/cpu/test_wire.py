@@ -69,9 +69,7 @@ def test_chunks_equal_those_of_vllms_own_packing(layouts, buffer_size):
     tensors = [(str(i), view_of(layout, "cpu", i)) for i, layout in enumerate(layouts)]
     expected = []
     remaining = iter(tensors)
-    while (
-        chunk := vllm.pack_tensors(remaining, viewable, buffer_size)
-    ) is not None:
+    while (chunk := vllm.pack_tensors(remaining, viewable, buffer_size)) is not None:
         expected.append(bytes(chunk.packed_tensor.tolist()))
     assert send(tensors, buffer_size_bytes=buffer_size) == expected
 
@@ -168,9 +166,7 @@ def test_tensors_that_a_callback_keeps_are_never_overwritten():
         # The second round must not touch what the first one left behind.
         first = {name: content(t) for name, t in kept.items()}
         local = {}
-        broadcast_consumer(
-            Manifest.from_tensors(tensors), group, 0, local.update, 400, 2, "cpu"
-        )
+        broadcast_consumer(Manifest.from_tensors(tensors), group, 0, local.update, 400, 2, "cpu")
         assert {name: content(t) for name, t in kept.items()} == first
         kept = local
     assert {n: content(t) for n, t in kept.items()} == {n: content(t) for n, t in tensors.items()}

@@ -39,9 +39,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> to
     for extent in shape:
         count *= extent
     high = 2 if dtype == torch.bool else 256
-    raw = torch.randint(
-        0, high, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator
-    )
+    raw = torch.randint(0, high, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
     return raw.view(dtype).view(shape)
 
 
@@ -103,16 +101,16 @@ def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cpu":
         return tensor
     raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).to(device)
-    return raw.view(tensor.dtype).as_strided(
-        tensor.shape, tensor.stride(), tensor.storage_offset()
-    )
+    return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 @st.composite
 def strided_layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, list[int], list[slice]]:
     """(base shape, dtype, permutation, slices): a random view of a random tensor."""
     dims = draw(st.integers(0, 6))
-    shape = tuple(draw(st.integers(0 if dims < 3 else 1, 9 if dims < 4 else 4)) for _ in range(dims))
+    shape = tuple(
+        draw(st.integers(0 if dims < 3 else 1, 9 if dims < 4 else 4)) for _ in range(dims)
+    )
     dtype = draw(st.sampled_from(DTYPES))
     permutation = draw(st.permutations(range(dims)))
     slices = []

