@@ -106,9 +106,8 @@ class DeviceTable {
     }
 #ifdef PACKEDCOMM_CUDA_ARCHITECTURES
     const py::gil_scoped_release unlocked;
-    copy_on_cuda(table_address, static_cast<std::int64_t>(table_.segments().size()),
-                 static_cast<std::int64_t>(table_.tiles().size()), table_.tile_bytes(), stream,
-                 blocks);
+    copy_on_cuda(table_address, static_cast<std::int64_t>(table_.segments().size()), table_.tiles(),
+                 table_.tile_bytes(), stream, blocks);
 #else
     throw Error(ErrorKind::kCuda,
                 "packedcomm was built without CUDA: build it again where nvcc is on PATH");
@@ -167,7 +166,7 @@ void register_copy(py::module_& module) {
       .def_property_readonly("nbytes", [](const DeviceTable& t) { return t.table().nbytes(); })
       .def_property_readonly("segments",
                              [](const DeviceTable& t) { return t.table().segments().size(); })
-      .def_property_readonly("tiles", [](const DeviceTable& t) { return t.table().tiles().size(); })
+      .def_property_readonly("tiles", [](const DeviceTable& t) { return t.table().tiles(); })
       .def_property_readonly("table_bytes",
                              [](const DeviceTable& t) { return t.table().table_bytes(); });
 }

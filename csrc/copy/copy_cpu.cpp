@@ -118,19 +118,21 @@ void copy_tile(const Segment& segment, std::int64_t tile_bytes, std::int64_t ind
 void copy_on_cpu(const CopyTable& table, int threads) noexcept {
   const bool streaming = table.nbytes() >= kStreamingBytes;
   const CopyRun copy_run = streaming ? copy_run_streaming : copy_run_cached;
-  const auto& tiles = table.tiles();
   const auto& segments = table.segments();
+  const auto& first_tiles = table.first_tiles();
   // Neighbouring tiles are taken together: a task should be worth handing out even when the
   // tensors are tiny.
   constexpr std::int64_t kTilesPerTask = 4;
-  const auto count = static_cast<std::int64_t>(tiles.size());
+  const std::int64_t count = table.tiles();
   const std::int64_t tasks = (count + kTilesPerTask - 1) / kTilesPerTask;
   parallel_for(tasks, table.nbytes() < kSerialBytes ? 1 : threads, [&](std::int64_t task) {
-    const std::int64_t end =
-        (task + 1) * kTilesPerTask < count ? (task + 1) * kTilesPerTask : count;
-    for (std::int64_t i = task * kTilesPerTask; i < end; ++i) {
-      const Tile& tile = tiles[static_cast<std::size_t>(i)];
-      copy_tile(segments[tile.segment], table.tile_bytes(), tile.index, copy_run);
+    std::int64_t tile = task * kTilesPerTask;
+    const std::int64_t end = tile + kTilesPerTask < count ? tile + kTilesPerTask : count;
+    auto row = static_cast<std::size_t>(
+        find_segment(first_tiles.data(), static_cast<std::int64_t>(segments.size()), tile));
+    for (; tile < end; ++tile) {
+      if (row + 1 < segments.size() && first_tiles[row + 1] <= tile) ++row;
+      copy_tile(segments[row], table.tile_bytes(), tile - first_tiles[row], copy_run);
     }
     // Streaming stores are weakly ordered: they must be visible before another thread is told.
     if (streaming) finish_streaming();

@@ -98,12 +98,12 @@ __device__ __forceinline__ void copy_short_run(std::uint64_t to, std::uint64_t f
 }
 
 __global__ void __launch_bounds__(kThreads)
-    copy_tiles(const Segment* __restrict__ segments, const Tile* __restrict__ tiles,
-               std::int64_t count, std::int64_t tile_bytes) {
-  for (std::int64_t t = blockIdx.x; t < count; t += gridDim.x) {
-    const Tile tile = tiles[t];
-    const Segment& segment = segments[tile.segment];
-    const TileSpan span = locate_tile(segment, tile_bytes, tile.index);
+    copy_tiles(const Segment* __restrict__ segments, const std::int64_t* __restrict__ first_tiles,
+               std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes) {
+  for (std::int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const std::int64_t row = find_segment(first_tiles, rows, t);
+    const Segment& segment = segments[row];
+    const TileSpan span = locate_tile(segment, tile_bytes, t - first_tiles[row]);
     if (span.runs == 1) {
       const RunAddress at = locate_run(segment, span.first_run);
       copy_span(reinterpret_cast<char*>(at.destination + span.offset),
@@ -153,10 +153,10 @@ void copy_on_cuda(std::uint64_t table, std::int64_t segments, std::int64_t tiles
   std::int64_t grid = blocks > 0 ? blocks : blocks_that_fill_device();
   if (grid > tiles) grid = tiles;
   const auto* rows = reinterpret_cast<const Segment*>(table);
-  const auto* list =
-      reinterpret_cast<const Tile*>(table + static_cast<std::uint64_t>(segments) * sizeof(Segment));
+  const auto* first_tiles = reinterpret_cast<const std::int64_t*>(
+      table + static_cast<std::uint64_t>(segments) * sizeof(Segment));
   copy_tiles<<<static_cast<unsigned>(grid), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      rows, list, tiles, tile_bytes);
+      rows, first_tiles, segments, tiles, tile_bytes);
   check(cudaGetLastError(), "launch of the copy kernel");
 }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <string>
 
 #include "../common/error.hpp"
@@ -155,28 +154,21 @@ void CopyTable::add(const ArrayView& source, const ArrayView& destination) {
 }
 
 void CopyTable::push(const Segment& segment) {
-  const std::int64_t count = tile_count(segment, tile_bytes_);
-  constexpr std::int64_t kLimit = std::numeric_limits<std::uint32_t>::max();
-  if (count > kLimit || static_cast<std::int64_t>(segments_.size()) >= kLimit) {
-    throw Error(ErrorKind::kTensor, "a copy of " + std::to_string(count) + " tiles is too large");
-  }
-  const auto row = static_cast<std::uint32_t>(segments_.size());
   segments_.push_back(segment);
-  for (std::int64_t i = 0; i < count; ++i) {
-    tiles_.push_back({row, static_cast<std::uint32_t>(i)});
-  }
+  first_tiles_.push_back(tiles_);
+  tiles_ += tile_count(segment, tile_bytes_);
   nbytes_ += run_count(segment) * segment.run_bytes;
 }
 
 std::size_t CopyTable::table_bytes() const noexcept {
-  return segments_.size() * sizeof(Segment) + tiles_.size() * sizeof(Tile);
+  return segments_.size() * (sizeof(Segment) + sizeof(std::int64_t));
 }
 
 void CopyTable::write(void* target) const noexcept {
   auto* bytes = static_cast<char*>(target);
-  std::memcpy(bytes, segments_.data(), segments_.size() * sizeof(Segment));
-  std::memcpy(bytes + segments_.size() * sizeof(Segment), tiles_.data(),
-              tiles_.size() * sizeof(Tile));
+  const std::size_t rows = segments_.size() * sizeof(Segment);
+  std::memcpy(bytes, segments_.data(), rows);
+  std::memcpy(bytes + rows, first_tiles_.data(), first_tiles_.size() * sizeof(std::int64_t));
 }
 
 }  // namespace packedcomm

@@ -36,9 +36,11 @@ class CopyTable {
   std::int64_t tile_bytes() const noexcept { return tile_bytes_; }
   std::int64_t nbytes() const noexcept { return nbytes_; }
   const std::vector<Segment>& segments() const noexcept { return segments_; }
-  const std::vector<Tile>& tiles() const noexcept { return tiles_; }
+  // Number of the first tile of each segment; tiles are numbered through the whole table.
+  const std::vector<std::int64_t>& first_tiles() const noexcept { return first_tiles_; }
+  std::int64_t tiles() const noexcept { return tiles_; }
 
-  // The table as one block of bytes: the segments, then the tiles.
+  // The table as one block of bytes: the segments, then their first tiles.
   std::size_t table_bytes() const noexcept;
   void write(void* target) const noexcept;
 
@@ -47,8 +49,9 @@ class CopyTable {
 
   std::int64_t tile_bytes_;
   std::int64_t nbytes_ = 0;
+  std::int64_t tiles_ = 0;
   std::vector<Segment> segments_;
-  std::vector<Tile> tiles_;
+  std::vector<std::int64_t> first_tiles_;
 };
 
 }  // namespace packedcomm

@@ -21,11 +21,4 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 128, "the table is uploaded as raw bytes");
 
-// One unit of work of one thread block (CUDA) or one task (CPU): the index-th tile of a segment.
-struct Tile {
-  std::uint32_t segment;
-  std::uint32_t index;
-};
-static_assert(sizeof(Tile) == 8, "the table is uploaded as raw bytes");
-
 }  // namespace packedcomm

@@ -57,6 +57,23 @@ PACKEDCOMM_HOST_DEVICE TileSpan locate_tile(const Segment& segment, std::int64_t
   return {first, left < runs_per_tile ? left : runs_per_tile, 0, segment.run_bytes};
 }
 
+// The segment that holds a tile: the last one whose first tile isn't beyond it. `first_tiles` has
+// one ascending entry per segment, `segments` >= 1.
+PACKEDCOMM_HOST_DEVICE std::int64_t find_segment(const std::int64_t* first_tiles,
+                                                 std::int64_t segments, std::int64_t tile) {
+  std::int64_t low = 0;
+  std::int64_t high = segments - 1;
+  while (low < high) {
+    const std::int64_t middle = (low + high + 1) >> 1;
+    if (first_tiles[middle] <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 // The addresses of the run-th run in row-major order of the outer dimensions.
 PACKEDCOMM_HOST_DEVICE RunAddress locate_run(const Segment& segment, std::int64_t run) {
   RunAddress at{segment.source, segment.destination};
