@@ -176,7 +176,7 @@ def _mapped(
     iterator: Iterable[tuple[str, Any]], post_iter_func: PostIter | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for item in iterator:
-        array = item[1] if post_iter_func is None else post_iter_func(item)
+        array: Any = item[1] if post_iter_func is None else post_iter_func(item)
         if not isinstance(array, torch.Tensor):
             try:
                 array = as_tensor(array)
@@ -194,7 +194,8 @@ def _group_device(group: Any) -> torch.device | None:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
+    index: int | None = device.index
+    if device.type == "cuda" and index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
 

@@ -1,24 +1,46 @@
 """Lanes: where a stage of a transfer runs, in order, and how lanes wait for one another.
 
 On a GPU a lane is a CUDA stream and a mark is an event, so nothing here makes the host wait. On a
-CPU a lane is the calling thread or one worker thread and a mark is a future.
+CPU a lane is the calling thread; what it starts and doesn't finish, such as a broadcast that the
+group carries out on a thread of its own, is a mark too.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 
-__all__ = ["CallerStream", "CallerThread", "InlineLane", "Lane", "Mark", "StreamLane", "WorkerLane"]
+__all__ = [
+    "Caller",
+    "CallerStream",
+    "CallerThread",
+    "InlineLane",
+    "Lane",
+    "Mark",
+    "Pending",
+    "StreamLane",
+    "Work",
+]
 
-Mark = torch.cuda.Event | Future[None] | None
+
+class Pending(Protocol):
+    """An operation that was started and is finished elsewhere."""
+
+    seconds: float
+    """How long it took, once `wait` has returned."""
+
+    def wait(self) -> None:
+        """Return when it is done; raise what it failed with. May be called again."""
+
+
+Mark = torch.cuda.Event | Pending | None
 """A point in a lane that others can wait for; None is long past."""
 
-Work = Callable[[], None]
+Work = Callable[[], Pending | None]
+"""Something to do in a lane; returns what it started and left running, on a CPU only."""
 
 
 class Lane(Protocol):
@@ -48,7 +70,7 @@ class StreamLane:
     """A dedicated CUDA stream; `run` enqueues, with the stream current, and returns at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._timing = False
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -72,7 +94,7 @@ class StreamLane:
         self._timing = False
         for _, end in self._spans:
             end.synchronize()
-        total = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
+        total: float = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
         self._spans.clear()
         return total
 
@@ -83,48 +105,36 @@ class StreamLane:
 
 
 class InlineLane:
-    """The calling thread; `run` returns when the work is done."""
+    """The calling thread; `run` returns when the work is done or, if it says so, started."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self._started: list[Pending] = []
+        self._timing = False
 
     def run(self, work: Work, after: Iterable[Mark] = ()) -> Mark:
-        _wait_all(after)
+        for mark in after:
+            _wait(mark)
         begin = time.perf_counter()
-        work()
-        self._seconds += time.perf_counter() - begin
-        return None
+        pending = work()
+        if pending is None:
+            self._seconds += time.perf_counter() - begin
+        elif self._timing:
+            self._started.append(pending)
+        return pending
 
     def start_timing(self) -> None:
         self._seconds = 0.0
+        self._started.clear()
+        self._timing = True
 
     def seconds(self) -> float:
+        self._timing = False
+        for pending in self._started:
+            pending.wait()
+            self._seconds += pending.seconds
+        self._started.clear()
         return self._seconds
-
-
-class WorkerLane:
-    """One worker thread, for native copies that run beside the caller's thread.
-
-    Only for work that always ends by itself: leaving the interpreter waits for it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._inline = InlineLane()
-        # The executor's thread ends when the executor is garbage collected.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"packedcomm-{name}")
-
-    def run(self, work: Work, after: Iterable[Mark] = ()) -> Mark:
-        marks = list(after)
-        return self._executor.submit(self._run, work, marks)
-
-    def _run(self, work: Work, marks: list[Mark]) -> None:
-        self._inline.run(work, marks)
-
-    def start_timing(self) -> None:
-        self._inline.start_timing()
-
-    def seconds(self) -> float:
-        return self._inline.seconds()
 
 
 class CallerStream:
@@ -150,10 +160,9 @@ class CallerThread:
         return None
 
     def wait_for(self, mark: Mark) -> None:
-        _wait_all((mark,))
+        _wait(mark)
 
 
-def _wait_all(marks: Iterable[Mark]) -> None:
-    for mark in marks:
-        if isinstance(mark, Future):
-            mark.result()
+def _wait(mark: Mark) -> None:
+    if mark is not None and not isinstance(mark, torch.cuda.Event):
+        mark.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +16,9 @@ from packedcomm.errors import ManifestError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
-from packedcomm.transports.lanes import Mark
+from packedcomm.transports.lanes import Mark, Work
 from packedcomm.transports.progress import Progress
-from packedcomm.transports.sending import broadcast_all, check_name
+from packedcomm.transports.sending import broadcast_all, check_name, starts_broadcasts
 from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
 
 __all__ = ["Receiving", "Target"]
@@ -61,9 +62,20 @@ def _drop(items: list[tuple[str, torch.Tensor]]) -> None:
     """The callback of a receiver that wants nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A chunk that was received, or is being."""
+
+    received: Mark
+    deliver: Work | None
+    """What is left to do in the copy lane; None if the data is where it belongs."""
+
+    slot: Slot | None
+
+
 class Receiving:
-    """One call of the consumer: chunks are received in the wire lane, then written to a target in
-    the unpack lane or shown to a callback in the callback lane."""
+    """One call of the consumer: chunks are received in the wire lane, then written to a target or
+    shown to a callback in the copy lane."""
 
     def __init__(
         self,
@@ -84,10 +96,13 @@ class Receiving:
             self._target = receiver
         elif receiver is not None:
             self._callback = receiver
-        apply = pipeline.callback if self._target is None else pipeline.unpack
-        self._progress = Progress({"wire": pipeline.wire, "unpack": apply}, on_event)
+        self._progress = Progress({"wire": pipeline.wire, "unpack": pipeline.copy}, on_event)
         self._pulled: dict[int, Spec] = {}
         self._seen: set[str] = set()
+        # Where broadcasts run in the background the next one is started before the last chunk is
+        # delivered, so that the wire never waits for callbacks.
+        self._ahead = pipeline.device.type == "cuda" or starts_broadcasts(group)
+        self._arriving: Arrival | None = None
         self._done: Mark = None
 
     def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
@@ -100,6 +115,7 @@ class Receiving:
                 else:
                     self._receive_for_callback(chunk, specs)
                 self._progress.moved(chunk)
+            self._deliver()
             if self._target is not None:
                 self._target.finish(self._seen)
             self._pipeline.caller.wait_for(self._done)
@@ -118,6 +134,41 @@ class Receiving:
                 raise ManifestError(f"tensor {name!r}: {error}") from None
             yield nbytes
 
+    def _receive(
+        self, views: list[torch.Tensor], deliver: Work | None, slot: Slot | None = None
+    ) -> None:
+        """Receive into views; then, after the chunk before, deliver."""
+        received = self._pipeline.wire.run(
+            lambda: broadcast_all(self._group, views, self._src),
+            # The caller's mark covers earlier users of the destinations and of the slot's memory.
+            after=(self._pipeline.caller.mark(), None if slot is None else slot.free),
+        )
+        before, self._arriving = self._arriving, Arrival(received, deliver, slot)
+        self._deliver_one(before)
+        if not self._ahead:
+            self._deliver()
+
+    def _receive_packed(self, chunk: Chunk, deliver: Callable[[Slot, torch.Tensor], None]) -> None:
+        slot = self._pipeline.next_slot()
+        if self._arriving is not None and self._arriving.slot is slot:
+            self._deliver()
+        buffer = self._pipeline.reserve(slot, chunk.nbytes)
+        self._receive([buffer], lambda: deliver(slot, buffer), slot)
+
+    def _deliver(self) -> None:
+        before, self._arriving = self._arriving, None
+        self._deliver_one(before)
+
+    def _deliver_one(self, arrival: Arrival | None) -> None:
+        if arrival is None:
+            return
+        if arrival.deliver is None:
+            self._pipeline.caller.wait_for(arrival.received)
+            return
+        self._done = self._pipeline.copy.run(arrival.deliver, after=(arrival.received,))
+        if arrival.slot is not None:
+            arrival.slot.free = self._done
+
     # Into a target.
 
     def _receive_into(self, chunk: Chunk, specs: list[Spec], target: Target) -> None:
@@ -128,13 +179,11 @@ class Receiving:
             if chunk.direct or contiguous[0]:
                 self._receive_direct(chunk, names, tensors, contiguous)
                 return
-        slot = self._pipeline.next_slot()
-        buffer, received = self._receive(slot, chunk.nbytes)
-        self._done = slot.free = self._pipeline.unpack.run(
-            lambda: unpack_from(
+        self._receive_packed(
+            chunk,
+            lambda _, buffer: unpack_from(
                 buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
             ),
-            after=(received,),
         )
 
     def _receive_direct(
@@ -142,63 +191,34 @@ class Receiving:
     ) -> None:
         """Receive each tensor in its own memory; a destination that isn't contiguous is filled from
         a buffer afterwards."""
-        pipeline = self._pipeline
-        aside = {
-            i: pipeline.allocate(chunk.sizes[i]) for i, whole in enumerate(contiguous) if not whole
-        }
         views = [
-            aside[i] if i in aside else contiguous_bytes(tensor, "receive")
-            for i, tensor in enumerate(tensors)
+            contiguous_bytes(tensor, "receive") if whole else self._pipeline.allocate(size)
+            for tensor, whole, size in zip(tensors, contiguous, chunk.sizes, strict=True)
         ]
-        self._done = pipeline.wire.run(
-            lambda: broadcast_all(self._group, views, self._src),
-            after=(pipeline.caller.mark(), self._done),
-        )
-        for i, buffer in aside.items():
-            self._scatter_one(buffer, tensors[i], chunk.sizes[i], names[i])
+        aside = [i for i, whole in enumerate(contiguous) if not whole]
 
-    def _scatter_one(
-        self, buffer: torch.Tensor, tensor: torch.Tensor, size: int, name: str
-    ) -> None:
-        self._done = self._pipeline.unpack.run(
-            lambda: unpack_from(buffer, [tensor], [0], [size], [name], blocks=COPY_BLOCKS),
-            after=(self._done,),
-        )
+        def scatter() -> None:
+            for i in aside:
+                size = chunk.sizes[i]
+                unpack_from(views[i], [tensors[i]], [0], [size], [names[i]], blocks=COPY_BLOCKS)
 
-    def _receive(self, slot: Slot, nbytes: int) -> tuple[torch.Tensor, Mark]:
-        buffer = self._pipeline.reserve(slot, nbytes)
-        received = self._pipeline.wire.run(
-            lambda: self._group.broadcast(buffer, src=self._src),
-            # The caller's mark covers earlier users of the destinations and of the slot's memory.
-            after=(self._pipeline.caller.mark(), slot.free),
-        )
-        return buffer, received
+        self._receive(views, scatter if aside else None)
 
     # For a callback.
 
     def _receive_for_callback(self, chunk: Chunk, specs: list[Spec]) -> None:
-        pipeline = self._pipeline
         if chunk.direct:
             items = [
-                self._whole_tensor(spec, size)
-                for spec, size in zip(specs, chunk.sizes, strict=True)
+                (name, self._pipeline.allocate(size).view(dtype).view(shape))
+                for (name, dtype, shape), size in zip(specs, chunk.sizes, strict=True)
             ]
             views = [contiguous_bytes(tensor, "receive") for _, tensor in items]
-            received = pipeline.wire.run(
-                lambda: broadcast_all(self._group, views, self._src),
-                after=(pipeline.caller.mark(),),
-            )
-            self._done = pipeline.callback.run(lambda: self._callback(items), after=(received,))
-            return
-        slot = pipeline.next_slot()
-        _, received = self._receive(slot, chunk.nbytes)
-        self._done = slot.free = pipeline.callback.run(
-            lambda: self._show(slot, chunk, specs), after=(received,)
-        )
+            self._receive(views, lambda: self._call(items))
+        else:
+            self._receive_packed(chunk, lambda slot, _: self._show(slot, chunk, specs))
 
-    def _whole_tensor(self, spec: Spec, size: int) -> tuple[str, torch.Tensor]:
-        name, dtype, shape = spec
-        return name, self._pipeline.allocate(size).view(dtype).view(shape)
+    def _call(self, items: list[tuple[str, torch.Tensor]]) -> None:
+        self._callback(items)
 
     def _show(self, slot: Slot, chunk: Chunk, specs: list[Spec]) -> None:
         storage = self._call_back(slot, chunk, specs)

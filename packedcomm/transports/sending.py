@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,11 +14,11 @@ from packedcomm.copying import check_tensors, contiguous_copy, pack_into
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.planning.chunks import Chunk, Cut
-from packedcomm.transports.lanes import Mark
+from packedcomm.transports.lanes import Mark, Pending
 from packedcomm.transports.progress import Progress
-from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
+from packedcomm.transports.slots import COPY_BLOCKS, Pipeline
 
-__all__ = ["Sending", "broadcast_all", "check_name"]
+__all__ = ["Sending", "broadcast_all", "check_name", "starts_broadcasts"]
 
 
 def check_name(name: Any, seen: set[str]) -> None:
@@ -29,16 +30,28 @@ def check_name(name: Any, seen: set[str]) -> None:
     seen.add(name)
 
 
-def broadcast_all(group: Any, views: Sequence[torch.Tensor], src: int) -> None:
-    """Broadcast each tensor, as one group of operations where the communicator has groups."""
+def starts_broadcasts(group: Any) -> bool:
+    """Whether the group carries out broadcasts in the background (`start_broadcast`)."""
+    return hasattr(group, "start_broadcast")
+
+
+def broadcast_all(group: Any, views: Sequence[torch.Tensor], src: int) -> Pending | None:
+    """Broadcast each tensor, as one group of operations where the communicator has groups.
+
+    Returns what is still under way, if the group works in the background.
+    """
+    if starts_broadcasts(group):
+        pending: Pending = group.start_broadcast(views, src)
+        return pending
     with group.group() if len(views) > 1 and hasattr(group, "group") else nullcontext():
         for view in views:
             group.broadcast(view, src=src)
+    return None
 
 
 class Sending:
     """One call of the producer: chunks are pulled from the iterator on the caller's stream or
-    thread, packed in the pack lane and broadcast in the wire lane."""
+    thread, packed in the copy lane and broadcast in the wire lane."""
 
     def __init__(
         self, pipeline: Pipeline, group: Any, src: int, cut: Cut, on_event: OnEvent | None
@@ -47,13 +60,10 @@ class Sending:
         self._group = group
         self._src = src
         self._cut = cut
-        self._progress = Progress({"pack": pipeline.pack, "wire": pipeline.wire}, on_event)
+        self._progress = Progress({"pack": pipeline.copy, "wire": pipeline.wire}, on_event)
         self._pulled: dict[int, tuple[str, torch.Tensor]] = {}
-        # On a CPU the broadcast occupies the caller's thread, so it is called when the packing of
-        # the next chunk has been started and runs beside it. On a GPU it is enqueued at once.
-        self._defer = pipeline.device.type == "cpu"
-        self._unsent: tuple[Slot, torch.Tensor, Mark] | None = None
-        self._sent: Mark = None
+        # Broadcasts that may still be under way: one per slot, and one in place.
+        self._sent: deque[Mark] = deque(maxlen=len(pipeline.slots) + 1)
 
     def run(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Send every `(name, tensor)`."""
@@ -67,13 +77,13 @@ class Sending:
                 if self._in_place(chunk, tensors, names):
                     taken = self._send_in_place(tensors)
                 else:
-                    taken = self._pack(chunk, tensors, names)
+                    taken = self._send_packed(chunk, tensors, names)
                 # From here on the caller may free or overwrite the tensors.
                 caller.wait_for(taken)
                 del tensors
                 self._progress.moved(chunk)
-            self._send_packed()
-            caller.wait_for(self._sent)
+            for sent in self._sent:
+                caller.wait_for(sent)
 
     def _sizes(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[int]:
         """Pull tensors, remember them by position, yield their sizes in bytes."""
@@ -104,38 +114,25 @@ class Sending:
         return True
 
     def _send_in_place(self, tensors: list[torch.Tensor]) -> Mark:
-        self._send_packed()
         views = [contiguous_bytes(tensor, "broadcast") for tensor in tensors]
-        self._sent = self._pipeline.wire.run(
-            lambda: broadcast_all(self._group, views, self._src),
-            after=(self._pipeline.caller.mark(),),
-        )
-        return self._sent
+        return self._broadcast(views, after=self._pipeline.caller.mark())
 
-    def _pack(self, chunk: Chunk, tensors: list[torch.Tensor], names: list[str]) -> Mark:
+    def _send_packed(self, chunk: Chunk, tensors: list[torch.Tensor], names: list[str]) -> Mark:
         slot = self._pipeline.next_slot()
-        if self._unsent is not None and self._unsent[0] is slot:
-            self._send_packed()
         buffer = self._pipeline.reserve(slot, chunk.nbytes)
-        packed = self._pipeline.pack.run(
+        packed = self._pipeline.copy.run(
             lambda: pack_into(
                 buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
             ),
             # The caller's mark covers what filled the tensors and what freed the slot's memory.
             after=(self._pipeline.caller.mark(), slot.free),
         )
-        self._send_packed()
-        self._unsent = (slot, buffer, packed)
-        if not self._defer:
-            self._send_packed()
+        slot.free = self._broadcast([buffer], after=packed)
         return packed
 
-    def _send_packed(self) -> None:
-        """Broadcast the packed chunk that waits for it, if there is one."""
-        if self._unsent is None:
-            return
-        slot, buffer, packed = self._unsent
-        self._unsent = None
-        slot.free = self._sent = self._pipeline.wire.run(
-            lambda: self._group.broadcast(buffer, src=self._src), after=(packed,)
+    def _broadcast(self, views: list[torch.Tensor], after: Mark) -> Mark:
+        sent = self._pipeline.wire.run(
+            lambda: broadcast_all(self._group, views, self._src), after=(after,)
         )
+        self._sent.append(sent)
+        return sent

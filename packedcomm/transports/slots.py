@@ -20,7 +20,6 @@ from packedcomm.transports.lanes import (
     Lane,
     Mark,
     StreamLane,
-    WorkerLane,
 )
 
 __all__ = ["Pipeline", "Slot", "release_buffers"]
@@ -51,17 +50,14 @@ class Pipeline:
         self.device = device
         self.caller: Caller
         self.wire: Lane
-        self.pack: Lane
-        self.unpack: Lane
-        self.callback: Lane
+        self.copy: Lane
         if device.type == "cuda":
             self.wire = StreamLane(device)
-            # One direction at a time, so packing and unpacking share a stream; callbacks run on the
-            # stream of the unpacking, in its order.
-            self.pack = self.unpack = self.callback = StreamLane(device)
+            # Packing, unpacking and callbacks: one direction at a time, so one stream.
+            self.copy = StreamLane(device)
         else:
-            self.wire = self.callback = InlineLane()
-            self.pack = self.unpack = WorkerLane("copy")
+            self.wire = InlineLane()
+            self.copy = InlineLane()
         self.slots: list[Slot] = []
         self._next = 0
 
@@ -120,7 +116,7 @@ class Pipeline:
                 f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
                 f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
             ) from error
-        for lane in (self.wire, self.pack):
+        for lane in (self.wire, self.copy):
             # The block belongs to the caller's stream; freed, it must not be handed out again
             # before these streams are done with it.
             if isinstance(lane, StreamLane):
