@@ -1,7 +1,7 @@
 """Build of the extension `packedcomm._native`.
 
-The CUDA part is built when nvcc is found (PACKEDCOMM_BUILD_CUDA=0 leaves it out, =1 makes its absence an
-error). Nothing of torch or NCCL is linked; the CUDA runtime is linked statically.
+The CUDA part is built when nvcc is found (PACKEDCOMM_BUILD_CUDA=0 leaves it out, =1 makes its
+absence an error). Nothing of torch or NCCL is linked; the CUDA runtime is linked statically.
 """
 
 import os
@@ -73,7 +73,10 @@ class BuildExtension(build_ext):
         flags, _ = gencode_flags(nvcc)
         self.spawn(
             [nvcc, "-std=c++17", "-O3", "--threads=2", *flags]
-            + ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if strict else "")]
+            + [
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if strict else ""),
+            ]
             + (["-Werror=all-warnings"] if strict else [])
             + ["-c", source, "-o", str(target)]
         )

@@ -27,8 +27,8 @@ __all__ = [
     "unpack_from",
 ]
 
-# Bytes per tile. On a GPU two passes of a block of 512 threads with four 16-byte loads each; on a CPU
-# large enough to be worth handing to a thread, small enough to balance.
+# Bytes per tile. On a GPU two passes of a block of 512 threads with four 16-byte loads each; on a
+# CPU large enough to be worth handing to a thread, small enough to balance.
 _CUDA_TILE_BYTES = 64 << 10
 _CPU_TILE_BYTES = 256 << 10
 

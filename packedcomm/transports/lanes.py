@@ -23,6 +23,7 @@ __all__ = [
     "Pending",
     "StreamLane",
     "Work",
+    "synchronize",
 ]
 
 
@@ -160,6 +161,14 @@ class CallerThread:
         return None
 
     def wait_for(self, mark: Mark) -> None:
+        _wait(mark)
+
+
+def synchronize(mark: Mark) -> None:
+    """Let the host wait for a mark."""
+    if isinstance(mark, torch.cuda.Event):
+        mark.synchronize()
+    else:
         _wait(mark)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from packedcomm.errors import ManifestError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
-from packedcomm.transports.lanes import Mark, Work
+from packedcomm.transports.lanes import Mark, Work, synchronize
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.sending import broadcast_all, check_name, starts_broadcasts
 from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
@@ -104,6 +105,8 @@ class Receiving:
         self._ahead = pipeline.device.type == "cuda" or starts_broadcasts(group)
         self._arriving: Arrival | None = None
         self._done: Mark = None
+        # Deliveries of buffers that aren't slots, see `_await_earlier_buffers`.
+        self._lent: deque[Mark] = deque()
 
     def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
         """Receive every tensor that the metadata describes."""
@@ -152,6 +155,8 @@ class Receiving:
         slot = self._pipeline.next_slot()
         if self._arriving is not None and self._arriving.slot is slot:
             self._deliver()
+        if slot.buffer is None:
+            self._await_earlier_buffers()
         buffer = self._pipeline.reserve(slot, chunk.nbytes)
         self._receive([buffer], lambda: deliver(slot, buffer), slot)
 
@@ -168,6 +173,17 @@ class Receiving:
         self._done = self._pipeline.copy.run(arrival.deliver, after=(arrival.received,))
         if arrival.slot is not None:
             arrival.slot.free = self._done
+        if arrival.slot is None or arrival.slot.buffer is None:
+            self._lent.append(self._done)
+
+    def _await_earlier_buffers(self) -> None:
+        """Before a fresh buffer: wait, on the host, until all but the last few were delivered.
+
+        The host runs ahead of a GPU, and torch's allocator can't reuse what the GPU isn't done
+        with: without this a whole model's worth of buffers would be allocated.
+        """
+        while len(self._lent) >= len(self._pipeline.slots):
+            synchronize(self._lent.popleft())
 
     # Into a target.
 
@@ -208,6 +224,7 @@ class Receiving:
 
     def _receive_for_callback(self, chunk: Chunk, specs: list[Spec]) -> None:
         if chunk.direct:
+            self._await_earlier_buffers()
             items = [
                 (name, self._pipeline.allocate(size).view(dtype).view(shape))
                 for (name, dtype, shape), size in zip(specs, chunk.sizes, strict=True)
