@@ -1,0 +1,1 @@
+"""The command line: `packedcomm plan`, `packedcomm doctor` and `packedcomm demo`."""

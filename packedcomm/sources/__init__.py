@@ -1,0 +1,1 @@
+"""Sources: where tensors to send come from."""
