@@ -1,0 +1,1 @@
+"""Benchmarks of packedcomm and its peers; run from a checkout, never installed."""

@@ -1,0 +1,148 @@
+"""Measuring ways side by side: checked first and last, timed round-robin in between."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.content import Content, as_bytes, poison
+from benchmarks.world import World
+
+__all__ = [
+    "Measurement",
+    "Row",
+    "Transfer",
+    "gigabytes_per_second",
+    "measure",
+    "percentile_95",
+    "row",
+]
+
+Row = dict[str, Any]
+"""One line of a result's JSON."""
+
+_MIN_REPEATS = 5
+_SLOW_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One way made ready for one case on this rank."""
+
+    run: Callable[[], Any]
+    """Does the whole transfer; on a GPU it may return once everything is enqueued."""
+    delivered: Callable[[], Sequence[torch.Tensor]]
+    """Where content 0, 1, 2, ... is after `run`; called anew each time."""
+    family: str
+    """What the way is one variant of; reports show a family's best."""
+    receives: bool = True
+    """False where this rank's memory is the source, which must not be poisoned."""
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Times and check of one way."""
+
+    family: str
+    seconds: list[float] = field(default_factory=list)
+    wrong: int = 0
+    """Bytes that differed from the reference, over all ranks and both checks."""
+
+
+def measure(
+    world: World,
+    transfers: Mapping[str, Transfer],
+    content: Content,
+    *,
+    repeats: int,
+    corrupt: str | None = None,
+) -> dict[str, Measurement]:
+    """Check every way, time all of them in turn, check every way again.
+
+    The check's pass is the warm-up as well; one more follows. Rounds take the ways in rotating
+    order, so that neither drift of the machine nor what the way before left in the caches favours
+    one. A way that has used up its time share stops after five repeats.
+
+    Args:
+        transfers: name to way; the same names in the same order on every rank.
+        repeats: timed runs of each way.
+        corrupt: flip a byte of what this way delivered on the last rank before it is compared: to
+            show that the check works.
+    """
+    results = {name: Measurement(transfer.family) for name, transfer in transfers.items()}
+    # What exists now stays: a collection between two runs then doesn't walk through all of it.
+    gc.collect()
+    gc.freeze()
+
+    def check(name: str, transfer: Transfer) -> None:
+        if transfer.receives:
+            poison(transfer.delivered())
+        world.timed(transfer.run)
+        delivered = transfer.delivered()
+        if name == corrupt and world.rank == world.size - 1:
+            as_bytes(delivered[-1])[-1] ^= 1
+        results[name].wrong += world.total(content.count_wrong(delivered))
+
+    for name, transfer in transfers.items():
+        world.progress(name)
+        check(name, transfer)
+        world.timed(transfer.run)
+    names = list(transfers)
+    for number in range(repeats):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds = results[name].seconds
+            slow = sum(seconds) > _SLOW_S
+            if slow and len(seconds) >= _MIN_REPEATS:
+                continue
+            world.progress(name)
+            seconds.append(world.timed(transfers[name].run))
+    for name, transfer in transfers.items():
+        world.progress(name)
+        check(name, transfer)
+    world.progress(None)
+    gc.unfreeze()
+    return results
+
+
+def row(
+    suite: str, case: str, world_size: int, tensors: int, nbytes: int, way: str, result: Measurement
+) -> Row:
+    """A result as a line of the JSON; the limit's columns are filled in once all ways are known."""
+    median = statistics.median(result.seconds)
+    speed = gigabytes_per_second(nbytes, median)
+    return {
+        "suite": suite,
+        "case": case,
+        "world": world_size,
+        "way": way,
+        "family": result.family,
+        "tensors": tensors,
+        "nbytes": nbytes,
+        "median_us": round(median * 1e6, 2),
+        "p95_us": round(percentile_95(result.seconds) * 1e6, 2),
+        "algbw_gb_s": round(speed, 3),
+        # As nccl-tests define it: a broadcast's bus bandwidth is its algorithm bandwidth. Copies on
+        # one device have none.
+        "busbw_gb_s": round(speed, 3) if suite == "broadcast" else None,
+        "limit": None,
+        "fraction_of_limit": None,
+        "repeats": len(result.seconds),
+        "wrong": result.wrong,
+    }
+
+
+def gigabytes_per_second(nbytes: int, seconds: float) -> float:
+    """Payload over time, in units of 10^9 bytes per second."""
+    return nbytes / seconds / 1e9
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    """The smallest value that at least 95 % of the values don't exceed."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
