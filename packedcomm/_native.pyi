@@ -1,0 +1,116 @@
+"""The compiled core of packedcomm."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+# --- NCCL ---
+
+class NcclLibrary:
+    """The NCCL library of this process. Immutable."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> tuple[int, int, int]: ...
+    def unique_id(self) -> bytes:
+        """A new unique id of 128 bytes. Raises NcclError."""
+
+def nccl_library(candidates: Sequence[str], named: str = "") -> NcclLibrary:
+    """Open `named`, else the library that is loaded, else the first candidate that opens.
+
+    Raises:
+        NcclError: none opens, or several are loaded and none is named.
+        VersionMismatch: it is older than 2.18.
+    """
+
+def loaded_nccl_libraries() -> list[str]:
+    """Files of all NCCL libraries that the process has loaded, each once."""
+
+class NcclMove(Protocol):
+    """`NcclHandle.broadcast`, `send` and `recv`: pointers and streams are integers."""
+
+    def __call__(
+        self, data: int, nbytes: int, peer: int, stream: int, timeout_s: float, /
+    ) -> None: ...
+
+class NcclHandle:
+    """One NCCL communicator. The GIL is released in everything that can wait.
+
+    Operations raise NcclError, CudaError, PeerLost, DeadlineExceeded, and SessionStateError once
+    the communicator is being ended.
+    """
+
+    @staticmethod
+    def create(
+        library: NcclLibrary, unique_id: bytes, rank: int, world_size: int
+    ) -> NcclHandle: ...
+    @staticmethod
+    def adopt(library: NcclLibrary, handle: int, rank: int, world_size: int) -> NcclHandle: ...
+    def wait_ready(self, timeout_s: float) -> bool: ...
+    def device(self) -> int: ...
+    def broadcast(
+        self, data: int, nbytes: int, root: int, stream: int, timeout_s: float
+    ) -> None: ...
+    def send(self, data: int, nbytes: int, peer: int, stream: int, timeout_s: float) -> None: ...
+    def recv(self, data: int, nbytes: int, peer: int, stream: int, timeout_s: float) -> None: ...
+    def all_reduce(
+        self,
+        source: int,
+        destination: int,
+        count: int,
+        data_type: int,
+        stream: int,
+        timeout_s: float,
+    ) -> None: ...
+    def group_start(self) -> None: ...
+    def group_end(self, timeout_s: float) -> None: ...
+    def group_cancel(self) -> None: ...
+    def check_async_error(self) -> None: ...
+    def begin_abort(self) -> None: ...
+    def abort(self, timeout_s: float) -> None:
+        """Raises ContextLost."""
+
+    def destroy(self, timeout_s: float) -> None:
+        """Raises ContextLost."""
+
+# --- copy engine ---
+
+cuda_architectures: str
+"""GPU architectures that the copy kernel was compiled for; empty when built without CUDA."""
+
+class CopyTable:
+    """Copies between tensors of one device, normalised and tiled. Built by one thread."""
+
+    def __init__(self, device_type: str, device_index: int, tile_bytes: int) -> None: ...
+    def add_pairs(
+        self,
+        sources: list[torch.Tensor],
+        destinations: list[torch.Tensor],
+        names: Sequence[str] | None,
+    ) -> None: ...
+    def add_packed(
+        self,
+        tensors: list[torch.Tensor],
+        names: Sequence[str] | None,
+        buffer: int,
+        buffer_bytes: int,
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        into_buffer: bool,
+    ) -> None: ...
+    def describe(
+        self, tensors: list[torch.Tensor], names: Sequence[str] | None
+    ) -> list[tuple[int, int, bool]]: ...
+    def copy(self, threads: int) -> None: ...
+    def write(self, address: int, capacity: int) -> None: ...
+    def launch(self, table_address: int, stream: int, blocks: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def tiles(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...

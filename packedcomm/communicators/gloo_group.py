@@ -1,0 +1,139 @@
+"""Makes a Gloo process group through a rendezvous, without torch.distributed's global state."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
+
+from packedcomm.communicators.listener import Listener
+from packedcomm.communicators.peer_sockets import PeerSockets, socket_inodes
+from packedcomm.communicators.rendezvous import Rendezvous
+from packedcomm.errors import ArgumentError, PackedCommError, PeerLost
+
+__all__ = ["connect_gloo"]
+
+# How often the rendezvous is looked at while Gloo connects, and the store while Gloo waits on it.
+SLICE_S = 0.05
+STORE_POLL_S = 0.002
+
+# Gloo's own timeout comes after ours, as a last resort.
+GLOO_SLACK_S = 5.0
+
+
+def connect_gloo(
+    address: str | Listener,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    operation_timeout_s: float,
+) -> tuple[Any, PeerSockets]:
+    """Meet the other ranks and connect to all of them.
+
+    Args:
+        address: as `Rendezvous` takes it.
+        rank: this process's rank.
+        world_size: number of ranks.
+        timeout_s: deadline for the whole, in seconds.
+        operation_timeout_s: deadline of later operations, in seconds.
+
+    Returns:
+        A `ProcessGroupGloo` that needs no store any more, and its connections.
+
+    Raises:
+        PeerLost: Gloo can't connect although all ranks are there.
+        PackedCommError: what `Rendezvous` raises.
+    """
+    with Rendezvous(address, rank, world_size, timeout_s) as rendezvous:
+        rendezvous.agree("gloo", "cpu")
+        before = socket_inodes()
+        group = _connect(rendezvous)
+        sockets = PeerSockets.find(
+            before,
+            rank,
+            world_size,
+            publish=lambda data: rendezvous.store.set_once(f"sockets/{rank}", data),
+            published=lambda other: rendezvous.wait_for(f"sockets/{other}"),
+        )
+        rendezvous.finish()
+    group._set_default_timeout(timedelta(seconds=operation_timeout_s + GLOO_SLACK_S))
+    return group, sockets
+
+
+def _connect(rendezvous: Rendezvous) -> Any:
+    """Run Gloo's constructor on a thread, so that the deadline and the other ranks are watched."""
+    try:
+        # Gloo listens on this address only. It must be the one by which the others come.
+        device = ProcessGroupGloo.create_device(hostname=rendezvous.local_host, lazy_init=False)
+    except RuntimeError as error:
+        raise ArgumentError(f"Gloo can't listen on {rendezvous.local_host}: {error}") from error
+    store = _GlooStore(rendezvous)
+    groups: list[Any] = []
+    errors: list[BaseException] = []
+
+    def construct() -> None:
+        try:
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [device]
+            # Broadcasts, sends and receives run on the device's thread; this one is for reductions.
+            options._threads = 1
+            options._timeout = timedelta(seconds=max(1.0, rendezvous.deadline - time.monotonic()))
+            groups.append(ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options))
+        except BaseException as error:  # noqa: BLE001  (raised again on the caller's thread)
+            errors.append(error)
+
+    thread = threading.Thread(target=construct, name="packedcomm-gloo-connect", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            rendezvous.check()
+            thread.join(SLICE_S)
+    finally:
+        store.detach()
+    if not errors:
+        return groups[0]
+    if isinstance(errors[0], PackedCommError):
+        raise errors[0]
+    rendezvous.raise_if_ranks_are_silent(errors[0])
+    reason = str(errors[0]).partition("\n")[0]
+    raise PeerLost(f"Gloo on rank {rendezvous.rank} can't connect: {reason}") from errors[0]
+
+
+class _GlooStore(Store):
+    """What Gloo sees of the rendezvous' store while it connects.
+
+    Gloo keeps its store for as long as the group lives. Detaching this one lets rank 0's port go
+    all the same; Gloo doesn't read it again.
+    """
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__()
+        self._rendezvous: Rendezvous | None = rendezvous
+
+    def detach(self) -> None:
+        """Refuse everything from now on; what is waiting ends with an error."""
+        self._rendezvous = None
+
+    def _attached(self) -> Rendezvous:
+        if self._rendezvous is None:
+            raise TimeoutError("the rendezvous is over")
+        return self._rendezvous
+
+    def set(self, key: str, value: bytes | str) -> None:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self._attached().store.set_once(f"gloo/{key}", data)
+
+    def get(self, key: str) -> bytes:
+        while (value := self._attached().store.get(f"gloo/{key}")) is None:
+            time.sleep(STORE_POLL_S)
+        return value
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # noqa: ARG002
+        # The rendezvous' deadline counts, not Gloo's default of half an hour.
+        names = [f"gloo/{key}" for key in keys]
+        while not self._attached().store.has(*names):
+            time.sleep(STORE_POLL_S)
