@@ -62,6 +62,7 @@ def measure(
     *,
     repeats: int,
     corrupt: str | None = None,
+    on_device: bool = False,
 ) -> dict[str, Measurement]:
     """Check every way, time all of them in turn, check every way again.
 
@@ -72,9 +73,11 @@ def measure(
     Args:
         transfers: name to way; the same names in the same order on every rank.
         repeats: timed runs of each way.
+        on_device: on a GPU, time by CUDA events instead of the host's clock.
         corrupt: flip a byte of what this way delivered on the last rank before it is compared: to
             show that the check works.
     """
+    timed = world.timed_on_device if on_device and world.device.type == "cuda" else world.timed
     results = {name: Measurement(transfer.family) for name, transfer in transfers.items()}
     # What exists now stays: a collection between two runs then doesn't walk through all of it.
     gc.collect()
@@ -102,7 +105,7 @@ def measure(
             if slow and len(seconds) >= _MIN_REPEATS:
                 continue
             world.progress(name)
-            seconds.append(world.timed(transfers[name].run))
+            seconds.append(timed(transfers[name].run))
     for name, transfer in transfers.items():
         world.progress(name)
         check(name, transfer)

@@ -49,7 +49,9 @@ def packing_suite(
             prepared = make(tensors, packed, flat, threads, content)
             skipped = excluded.get(case.name, frozenset())
             transfers = {name: way for name, way in prepared.items() if name not in skipped}
-            results = measure(world, transfers, content, repeats=repeats, corrupt=corrupt)
+            results = measure(
+                world, transfers, content, repeats=repeats, corrupt=corrupt, on_device=True
+            )
             rows += [
                 row(suite, case.name, 1, len(tensors), case.manifest.nbytes, way, result)
                 for way, result in results.items()

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from packedcomm.copying import Names
+
 # --- NCCL ---
 
 class NcclLibrary:
@@ -55,6 +57,9 @@ class NcclHandle:
     ) -> None: ...
     def send(self, data: int, nbytes: int, peer: int, stream: int, timeout_s: float) -> None: ...
     def recv(self, data: int, nbytes: int, peer: int, stream: int, timeout_s: float) -> None: ...
+    def broadcast_many(
+        self, buffers: Sequence[tuple[int, int]], root: int, stream: int, timeout_s: float
+    ) -> None: ...
     def all_reduce(
         self,
         source: int,
@@ -88,12 +93,12 @@ class CopyTable:
         self,
         sources: list[torch.Tensor],
         destinations: list[torch.Tensor],
-        names: Sequence[str] | None,
+        names: Names | None,
     ) -> None: ...
     def add_packed(
         self,
         tensors: list[torch.Tensor],
-        names: Sequence[str] | None,
+        names: Names | None,
         buffer: int,
         buffer_bytes: int,
         offsets: Sequence[int],
@@ -101,7 +106,7 @@ class CopyTable:
         into_buffer: bool,
     ) -> None: ...
     def describe(
-        self, tensors: list[torch.Tensor], names: Sequence[str] | None
+        self, tensors: list[torch.Tensor], names: Names | None
     ) -> list[tuple[int, int, bool]]: ...
     def copy(self, threads: int) -> None: ...
     def write(self, address: int, capacity: int) -> None: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -20,12 +20,19 @@ from packedcomm.errors import ArgumentError, CapacityError, TensorError
 __all__ = [
     "CopyPlan",
     "as_tensor",
-    "check_tensors",
     "contiguous_copy",
+    "describe_tensors",
     "pack",
     "pack_into",
     "unpack_from",
 ]
+
+
+class Names(Protocol):
+    """What tensors are called in messages; only asked when there is something to say."""
+
+    def __getitem__(self, index: int, /) -> str: ...
+
 
 # Bytes per tile. On a GPU two passes of a block of 512 threads with four 16-byte loads each; on a
 # CPU large enough to be worth handing to a thread, small enough to balance.
@@ -97,16 +104,19 @@ def _run(
             table.launch(uploaded.data_ptr(), stream, blocks)
 
 
-def check_tensors(
-    tensors: list[torch.Tensor], device: torch.device, names: Sequence[str] | None = None
-) -> list[bool]:
-    """Check that each tensor can be copied as bytes on a device; tell which are contiguous.
+def describe_tensors(
+    tensors: list[torch.Tensor], device: torch.device, names: Names | None = None
+) -> list[tuple[int, int, bool]]:
+    """Check that each tensor can be copied as bytes on a device.
+
+    Returns:
+        Address, bytes and whether it is contiguous, for each tensor.
 
     Raises:
         TensorError: a tensor is on another device, sparse, quantised, nested, lazily conjugated or
             negated, a wrapper of other tensors, or without storage; the message names it.
     """
-    return [row[2] for row in _new_table(device).describe(tensors, names)]
+    return _new_table(device).describe(tensors, names)
 
 
 class CopyPlan:
@@ -169,7 +179,7 @@ def pack_into(
     tensors: list[torch.Tensor],
     offsets: Sequence[int],
     sizes: Sequence[int],
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     *,
     threads: int = 0,
     blocks: int = 0,
@@ -199,7 +209,7 @@ def unpack_from(
     tensors: list[torch.Tensor],
     offsets: Sequence[int],
     sizes: Sequence[int],
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     *,
     threads: int = 0,
     blocks: int = 0,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../bindings.hpp"
@@ -58,6 +59,17 @@ template <Kind kind>
 void issue_as(Communicator& communicator, Address data, std::size_t nbytes, int peer,
               Address stream, double timeout_s) {
   issue_bytes(communicator, kind, data, nbytes, peer, stream, timeout_s);
+}
+
+// (address, bytes) of each buffer, as one group.
+void broadcast_many(Communicator& communicator,
+                    const std::vector<std::pair<Address, std::size_t>>& buffers, int root,
+                    Address stream, double timeout_s) {
+  communicator.group_start();
+  for (const auto& [data, nbytes] : buffers) {
+    issue_bytes(communicator, Kind::kBroadcast, data, nbytes, root, stream, timeout_s);
+  }
+  communicator.group_end(timeout_s);
 }
 
 void all_reduce(Communicator& communicator, Address source, Address destination, std::size_t count,
@@ -125,6 +137,8 @@ void register_nccl(py::module_& module) {
       .def("wait_ready", &Communicator::wait_ready, timeout_s, NoGil())
       .def("device", &Communicator::device, NoGil())
       .def("broadcast", &issue_as<Kind::kBroadcast>, data, nbytes, py::arg("root"), stream,
+           timeout_s, NoGil())
+      .def("broadcast_many", &broadcast_many, py::arg("buffers"), py::arg("root"), stream,
            timeout_s, NoGil())
       .def("send", &issue_as<Kind::kSend>, data, nbytes, py::arg("peer"), stream, timeout_s,
            NoGil())

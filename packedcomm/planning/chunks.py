@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 from packedcomm.errors import ArgumentError
@@ -139,7 +139,7 @@ def native_chunks(
 
 
 def chunk_rule(wire_format: WireFormat, buffer_size_bytes: int) -> Cut:
-    """The rule of a wire format with its buffer size bound.
+    """The rule of a wire format with its buffer size bound; equal arguments give one object.
 
     Raises:
         ArgumentError: the format is unknown or the buffer size isn't an integer > 0.
@@ -148,11 +148,15 @@ def chunk_rule(wire_format: WireFormat, buffer_size_bytes: int) -> Cut:
         raise ArgumentError(
             f"buffer_size_bytes must be an integer > 0 bytes, got {buffer_size_bytes!r}"
         )
-    if wire_format == "vllm":
-        return partial(vllm_chunks, buffer_size_bytes=buffer_size_bytes)
-    if wire_format == "native":
-        return partial(native_chunks, buffer_size_bytes=buffer_size_bytes)
-    raise ArgumentError(f"wire_format must be 'vllm' or 'native', got {wire_format!r}")
+    if wire_format not in ("vllm", "native"):
+        raise ArgumentError(f"wire_format must be 'vllm' or 'native', got {wire_format!r}")
+    return _bound_rule(wire_format, buffer_size_bytes)
+
+
+@lru_cache(maxsize=256)
+def _bound_rule(wire_format: WireFormat, buffer_size_bytes: int) -> Cut:
+    rule = vllm_chunks if wire_format == "vllm" else native_chunks
+    return partial(rule, buffer_size_bytes=buffer_size_bytes)
 
 
 def slot_bytes(chunks: Iterable[Chunk], num_buffers: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.copying import as_tensor, check_tensors
+from packedcomm.copying import as_tensor, describe_tensors
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.manifest import Manifest, dtype_name
 
@@ -48,7 +48,7 @@ class TensorTarget:
                     f"tensor {name!r} requires grad and can't be written in place: "
                     "pass its detach()"
                 )
-            check_tensors([tensor], tensor.device, [name])
+            describe_tensors([tensor], tensor.device, [name])
             self._tensors[name] = tensor
 
     def check(self, manifest: Manifest) -> None:

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 
 from packedcomm.communicators.base import Communicator
-from packedcomm.copying import as_tensor
-from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError, TensorError
+from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError
 from packedcomm.events import OnEvent
-from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import Cut, WireFormat, chunk_rule
 from packedcomm.settings import DEFAULTS
 from packedcomm.transports.receiving import Receiving, Target
-from packedcomm.transports.sending import Sending
-from packedcomm.transports.slots import PIPELINES
+from packedcomm.transports.sending import PostIter, Sending
+from packedcomm.transports.slots import PIPELINES, group_device, indexed
 
 __all__ = ["broadcast_consumer", "broadcast_producer"]
 
-PostIter = Callable[[tuple[str, Any]], Any]
 PostUnpack = Callable[[list[tuple[str, torch.Tensor]]], Any]
 
 
@@ -84,17 +80,7 @@ def broadcast_producer(
     if isinstance(rank, int) and rank != src:
         raise ArgumentError(f"broadcast_producer: called on rank {rank}, but src is {src}")
     with _abort_on_failure(group, "broadcast_producer"):
-        items: Iterator[tuple[str, torch.Tensor]] = _mapped(iterator, post_iter_func)
-        first = next(items, None)
-        if first is None:
-            return
-        device = _group_device(group) or first[1].device
-        if device.type not in ("cpu", "cuda"):
-            raise TensorError(f"tensor {first[0]!r} is on {device}, expected a cpu or cuda device")
-        items = chain((first,), items)
-        del first  # the tensor must not outlive its chunk
-        with PIPELINES.borrow(group, device, num_buffers) as pipeline:
-            Sending(pipeline, group, src, cut, on_event).run(items)
+        Sending(group, src, cut, post_iter_func).run(iterator, num_buffers, on_event)
 
 
 def broadcast_consumer(
@@ -151,8 +137,6 @@ def broadcast_consumer(
     if getattr(group, "rank", None) == src:
         raise ArgumentError(f"broadcast_consumer: called on rank {src}, which is src itself")
     where = _receiving_device(device, group)
-    if isinstance(iterator, Manifest) and isinstance(post_unpack_func, Target):
-        post_unpack_func.check(iterator)
     with (
         _abort_on_failure(group, "broadcast_consumer"),
         PIPELINES.borrow(group, where, num_buffers) as pipeline,
@@ -172,34 +156,6 @@ def _checked_arguments(
     return chunk_rule(wire_format, buffer_size_bytes)
 
 
-def _mapped(
-    iterator: Iterable[tuple[str, Any]], post_iter_func: PostIter | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for item in iterator:
-        array: Any = item[1] if post_iter_func is None else post_iter_func(item)
-        if not isinstance(array, torch.Tensor):
-            try:
-                array = as_tensor(array)
-            except TensorError as error:
-                raise TensorError(f"tensor {item[0]!r}: {error}") from error
-        yield item[0], array
-
-
-def _group_device(group: Any) -> torch.device | None:
-    """The device of a group that tells it, with an index."""
-    device = getattr(group, "device", None)
-    if device is None:
-        return None
-    return _indexed(torch.device(device))
-
-
-def _indexed(device: torch.device) -> torch.device:
-    index: int | None = device.index
-    if device.type == "cuda" and index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
 def _receiving_device(device: torch.device | str | int, group: Any) -> torch.device:
     try:
         wanted = torch.device(device)
@@ -212,8 +168,8 @@ def _receiving_device(device: torch.device | str | int, group: Any) -> torch.dev
             f"broadcast_consumer: device is {wanted}, but this process has "
             f"{torch.cuda.device_count()} GPUs"
         )
-    wanted = _indexed(wanted)
-    actual = _group_device(group)
+    wanted = indexed(wanted)
+    actual = group_device(group)
     if actual not in (None, wanted):
         raise ConfigMismatch(f"broadcast_consumer: device is {wanted}, the group is on {actual}")
     return wanted

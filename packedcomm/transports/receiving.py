@@ -11,8 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from packedcomm.communicators.base import contiguous_bytes
-from packedcomm.copying import check_tensors, unpack_from
+from packedcomm.copying import describe_tensors, unpack_from
 from packedcomm.errors import ManifestError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
@@ -64,6 +63,15 @@ def _drop(items: list[tuple[str, torch.Tensor]]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class DestinedChunk:
+    """A chunk whose tensors have destinations."""
+
+    chunk: Chunk
+    names: list[str]
+    tensors: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """A chunk that was received, or is being."""
 
@@ -111,17 +119,46 @@ class Receiving:
     def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
         """Receive every tensor that the metadata describes."""
         with self._progress:
-            for chunk in self._cut(self._sizes(metadata)):
-                specs = [self._pulled.pop(i) for i in chunk.indices]
-                if self._target is not None:
-                    self._receive_into(chunk, specs, self._target)
-                else:
+            if self._target is None:
+                for chunk in self._cut(self._sizes(metadata)):
+                    specs = [self._pulled.pop(i) for i in chunk.indices]
                     self._receive_for_callback(chunk, specs)
-                self._progress.moved(chunk)
+                    self._progress.moved(chunk)
+            else:
+                for destined in self._destined(metadata, self._target):
+                    self._receive_into(destined)
+                    self._progress.moved(destined.chunk)
             self._deliver()
-            if self._target is not None:
+            if self._target is not None and not isinstance(metadata, Manifest):
                 self._target.finish(self._seen)
             self._pipeline.caller.wait_for(self._done)
+
+    def _destined(
+        self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target
+    ) -> Iterable[DestinedChunk]:
+        """The chunks with their destinations; for a manifest worked out once and kept, so that
+        later transfers cost no Python per tensor."""
+        if not isinstance(metadata, Manifest):
+            return self._destine(metadata, target)
+        try:
+            kept = self._pipeline.plans.setdefault(target, {})
+        except TypeError:  # a target that can't be referred to weakly
+            kept = {}
+        key = (metadata.digest, self._cut)
+        if key not in kept:
+            target.check(metadata)
+            kept.clear()
+            kept[key] = list(self._destine(metadata, target))
+        destined: list[DestinedChunk] = kept[key]
+        return destined
+
+    def _destine(
+        self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target
+    ) -> Iterator[DestinedChunk]:
+        for chunk in self._cut(self._sizes(metadata)):
+            specs = [self._pulled.pop(i) for i in chunk.indices]
+            tensors = [target.destination(*spec) for spec in specs]
+            yield DestinedChunk(chunk, [name for name, _, _ in specs], tensors)
 
     def _sizes(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Iterator[int]:
         """Pull descriptions, remember them by position, yield their sizes in bytes."""
@@ -138,11 +175,11 @@ class Receiving:
             yield nbytes
 
     def _receive(
-        self, views: list[torch.Tensor], deliver: Work | None, slot: Slot | None = None
+        self, tensors: list[torch.Tensor], deliver: Work | None, slot: Slot | None = None
     ) -> None:
-        """Receive into views; then, after the chunk before, deliver."""
+        """Receive into contiguous tensors; then, after the chunk before, deliver."""
         received = self._pipeline.wire.run(
-            lambda: broadcast_all(self._group, views, self._src),
+            lambda: broadcast_all(self._group, tensors, self._src),
             # The caller's mark covers earlier users of the destinations and of the slot's memory.
             after=(self._pipeline.caller.mark(), None if slot is None else slot.free),
         )
@@ -187,13 +224,13 @@ class Receiving:
 
     # Into a target.
 
-    def _receive_into(self, chunk: Chunk, specs: list[Spec], target: Target) -> None:
-        names = [name for name, _, _ in specs]
-        tensors = [target.destination(*spec) for spec in specs]
+    def _receive_into(self, destined: DestinedChunk) -> None:
+        chunk, names, tensors = destined.chunk, destined.names, destined.tensors
         if chunk.direct or len(tensors) == 1:
-            contiguous = check_tensors(tensors, self._pipeline.device, names)
-            if chunk.direct or contiguous[0]:
-                self._receive_direct(chunk, names, tensors, contiguous)
+            rows = describe_tensors(tensors, self._pipeline.device, names)
+            aside = [i for i, (_, _, contiguous) in enumerate(rows) if not contiguous]
+            if chunk.direct or not aside:
+                self._receive_direct(destined, aside)
                 return
         self._receive_packed(
             chunk,
@@ -202,23 +239,24 @@ class Receiving:
             ),
         )
 
-    def _receive_direct(
-        self, chunk: Chunk, names: list[str], tensors: list[torch.Tensor], contiguous: list[bool]
-    ) -> None:
-        """Receive each tensor in its own memory; a destination that isn't contiguous is filled from
-        a buffer afterwards."""
-        views = [
-            contiguous_bytes(tensor, "receive") if whole else self._pipeline.allocate(size)
-            for tensor, whole, size in zip(tensors, contiguous, chunk.sizes, strict=True)
-        ]
-        aside = [i for i, whole in enumerate(contiguous) if not whole]
+    def _receive_direct(self, destined: DestinedChunk, aside: list[int]) -> None:
+        """Receive each tensor in its own memory; those at `aside` aren't contiguous and are filled
+        from buffers afterwards."""
+        chunk, names, tensors = destined.chunk, destined.names, destined.tensors
+        if not aside:
+            self._receive(tensors, None)
+            return
+        self._await_earlier_buffers()
+        received = list(tensors)
+        for i in aside:
+            received[i] = self._pipeline.allocate(chunk.sizes[i])
 
         def scatter() -> None:
             for i in aside:
                 size = chunk.sizes[i]
-                unpack_from(views[i], [tensors[i]], [0], [size], [names[i]], blocks=COPY_BLOCKS)
+                unpack_from(received[i], [tensors[i]], [0], [size], [names[i]], blocks=COPY_BLOCKS)
 
-        self._receive(views, scatter if aside else None)
+        self._receive(received, scatter)
 
     # For a callback.
 
@@ -229,8 +267,7 @@ class Receiving:
                 (name, self._pipeline.allocate(size).view(dtype).view(shape))
                 for (name, dtype, shape), size in zip(specs, chunk.sizes, strict=True)
             ]
-            views = [contiguous_bytes(tensor, "receive") for _, tensor in items]
-            self._receive(views, lambda: self._call(items))
+            self._receive([tensor for _, tensor in items], lambda: self._call(items))
         else:
             self._receive_packed(chunk, lambda slot, _: self._show(slot, chunk, specs))
 

@@ -22,7 +22,15 @@ from packedcomm.transports.lanes import (
     StreamLane,
 )
 
-__all__ = ["Pipeline", "Slot", "release_buffers"]
+__all__ = [
+    "COPY_BLOCKS",
+    "PIPELINES",
+    "Pipeline",
+    "Slot",
+    "group_device",
+    "indexed",
+    "release_buffers",
+]
 
 # Thread blocks of the copy kernels that run beside NCCL's: enough to keep ahead of the wire, few
 # enough to leave multiprocessors to the broadcast, whose blocks otherwise wait for theirs.
@@ -30,6 +38,20 @@ COPY_BLOCKS = 64
 
 # torch's allocators round to this anyway; it keeps chunks of nearly equal sizes from reallocating.
 _GRAIN_BYTES = 2 << 20
+
+
+def group_device(group: Any) -> torch.device | None:
+    """The device of a group that tells it, with an index."""
+    device = getattr(group, "device", None)
+    return None if device is None else indexed(torch.device(device))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device with its index: `cuda` is the current GPU."""
+    index: int | None = device.index
+    if device.type == "cuda" and index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 @dataclass(slots=True)
@@ -59,6 +81,8 @@ class Pipeline:
             self.wire = InlineLane()
             self.copy = InlineLane()
         self.slots: list[Slot] = []
+        # What a receiver worked out for a manifest and a target, see `Receiving`.
+        self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._next = 0
 
     def begin(self, num_buffers: int) -> None:
