@@ -54,17 +54,19 @@ std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<const Library
                                                    const UniqueId& id, int rank, int world_size) {
   Config config;
   config.blocking = 0;
-  Comm handle = nullptr;
-  const Functions& nccl = library->functions();
-  const Result result = nccl.ncclCommInitRankConfig(&handle, world_size, id, rank, &config);
-  std::shared_ptr<Communicator> made(new Communicator(std::move(library), handle, false));
+  std::shared_ptr<Communicator> made(new Communicator(std::move(library), nullptr, false));
+  Shared& shared = *made->shared_;
+  // Written in place: NCCL connects on a thread of its own, which must not hold a pointer to what
+  // ends with this function.
+  const Result result =
+      made->nccl().ncclCommInitRankConfig(&shared.handle, world_size, id, rank, &config);
   // Taken after the call: NCCL has made the device's context current by now.
-  made->shared_->context = DriverContext::current();
+  shared.context = DriverContext::current();
   try {
-    made->shared_->library->check(result, "ncclCommInitRankConfig", handle);
+    shared.library->check(result, "ncclCommInitRankConfig", shared.handle);
   } catch (const Error&) {
     // NCCL may have got far enough for a handle, with a thread behind it.
-    if (handle != nullptr) made->begin_abort();
+    if (shared.handle != nullptr) made->begin_abort();
     throw;
   }
   return made;

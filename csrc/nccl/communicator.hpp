@@ -38,7 +38,7 @@ struct Operation {
 // the stream afterwards covers them.
 //
 // Threads: one at a time, except begin_abort and abort, which any thread may call at any moment. No
-// function needs the GIL; all but the group_start and group_cancel may wait. Errors are
+// function needs the GIL; all but group_start and group_cancel may wait. Errors are
 // packedcomm::Error.
 class Communicator {
  public:
