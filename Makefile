@@ -10,7 +10,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench soak gpu-build gpu-test gpu-bench peers clean
+.PHONY: demo test lint format bench report gpu-build gpu-test gpu-bench peers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
@@ -23,6 +23,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.report --check
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.built
@@ -31,7 +32,11 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.built peers
-	$(BIN)/python -m benchmarks.run --device cpu --out $(OUT)/cpu-$$(nproc)-cores.json
+	$(BIN)/python -m benchmarks.run --device cpu --out $(OUT)
+
+# The table and the chart of the README, from the results in the repository.
+report: $(VENV)/.built
+	$(BIN)/python -m benchmarks.report
 
 # The programs that the tests and benchmarks compare with; never committed.
 peers: $(VENV)/.built
@@ -52,10 +57,10 @@ gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-test: gpu-build
-	$(PYTHON) -m pytest tests/gpu -v
+	$(PYTHON) -m pytest tests/gpu -v --durations=5 -p no:cacheprovider
 
 gpu-bench: gpu-build
-	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)/cuda.json
+	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info packedcomm/_native*.so .venv .peers

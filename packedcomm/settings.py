@@ -49,9 +49,12 @@ class Settings:
     max_dimensions: int = 64
     """Cap on a tensor's number of dimensions."""
 
+    nccl_home: str = ""
+    """Folder of an NCCL installation, searched last; `from_environment` takes NCCL_HOME too."""
+
     nccl_library: str = ""
     """Path of the NCCL library to use; empty means the one already loaded in the process, then
-    NVIDIA's wheel, then conda, then the system's loader, then NCCL_HOME."""
+    NVIDIA's wheel, then conda, then the system's loader, then `nccl_home`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,7 +80,7 @@ class Settings:
         """
         environ = os.environ if environ is None else environ
         known = {f"PACKEDCOMM_{field.name.upper()}": field for field in fields(cls)}
-        values: dict[str, int | float | str] = {}
+        values: dict[str, int | float | str] = {"nccl_home": environ.get("NCCL_HOME", "")}
         for variable, text in environ.items():
             if not variable.startswith("PACKEDCOMM_") or variable.startswith("PACKEDCOMM_BUILD_"):
                 continue

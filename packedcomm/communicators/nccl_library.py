@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,19 +17,17 @@ def find_nccl(settings: Settings = DEFAULTS) -> _native.NcclLibrary:
     """The NCCL library to use; it has `path`, `version` (three integers) and `unique_id()`.
 
     In this order: `settings.nccl_library`, the one that the process has loaded (torch's, where
-    torch is a CUDA build), NVIDIA's wheel, conda, the system's loader, NCCL_HOME.
+    torch is a CUDA build), NVIDIA's wheel, conda, the system's loader, `settings.nccl_home`.
 
     Raises:
         NcclError: none was found, or two are loaded and none is named; the message has the paths.
         VersionMismatch: it is older than 2.18.
     """
-    return _native.nccl_library(_candidates(), settings.nccl_library)
+    return _native.nccl_library(_candidates(settings), settings.nccl_library)
 
 
-def _candidates() -> list[str]:
+def _candidates(settings: Settings) -> list[str]:
     wheels = (Path(entry, "nvidia", "nccl", "lib", SONAME) for entry in sys.path if entry)
     files = [*wheels, Path(sys.prefix, "lib", SONAME)]
-    candidates = [str(file) for file in files if file.is_file()]
-    # NCCL's own variable, like LD_LIBRARY_PATH in the step before it.
-    home = os.environ.get("NCCL_HOME")
-    return [*candidates, SONAME, *([str(Path(home, "lib", SONAME))] if home else [])]
+    home = [str(Path(settings.nccl_home, "lib", SONAME))] if settings.nccl_home else []
+    return [*(str(file) for file in files if file.is_file()), SONAME, *home]
