@@ -56,6 +56,9 @@ class Communicator(abc.ABC):
     world_size: int
     device: torch.device
 
+    _ended: str | None = None
+    """Why the communicator can't be used any more."""
+
     @abc.abstractmethod
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """Copy `tensor` from rank `src` into `tensor` on every other rank.
@@ -115,6 +118,17 @@ class Communicator(abc.ABC):
                 f"0..{self.world_size - 1}, got {peer!r}"
             )
 
+    def _check_other(self, operation: str, argument: str, peer: int) -> None:
+        self._check_peer(operation, argument, peer)
+        if peer == self.rank:
+            raise ArgumentError(f"{operation} on rank {self.rank}: {argument} is this rank itself")
+
+    def _check_open(self, operation: str) -> None:
+        if self._ended is not None:
+            raise SessionStateError(
+                f"{operation} on rank {self.rank} of {self.world_size}: {self._ended}"
+            )
+
     def _checked_bytes(self, operation: str, tensor: Any) -> torch.Tensor:
         operation = f"{operation} on rank {self.rank} of {self.world_size}"
         tensor = as_tensor(tensor)
@@ -124,6 +138,3 @@ class Communicator(abc.ABC):
                 f"the communicator on {self.device}"
             )
         return contiguous_bytes(tensor, operation)
-
-    def _closed_error(self, operation: str, reason: str) -> SessionStateError:
-        return SessionStateError(f"{operation} on rank {self.rank} of {self.world_size}: {reason}")

@@ -22,7 +22,6 @@ from packedcomm.communicators.gloo_transfers import (
 from packedcomm.communicators.listener import Listener
 from packedcomm.communicators.peer_sockets import PeerSockets
 from packedcomm.errors import (
-    ArgumentError,
     DeadlineExceeded,
     PeerLost,
     SessionStateError,
@@ -231,15 +230,6 @@ class GlooCommunicator(Communicator):
         # the thread then stays behind with the group and the tensors.
         self._thread.stop(GIVEN_UP_S if failed else self._settings.close_timeout_s)
         self._process_group = None
-
-    def _check_other(self, operation: str, argument: str, peer: int) -> None:
-        self._check_peer(operation, argument, peer)
-        if peer == self.rank:
-            raise ArgumentError(f"{operation} on rank {self.rank}: {argument} is this rank itself")
-
-    def _check_open(self, operation: str) -> None:
-        if self._ended is not None:
-            raise self._closed_error(operation, self._ended)
 
     def _issue(self, transfer: Transfer) -> None:
         self._check_open(transfer.operation)

@@ -13,7 +13,7 @@ import torch
 from packedcomm import _native
 from packedcomm.communicators.base import Communicator
 from packedcomm.copying import describe_tensors
-from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError, TensorError
+from packedcomm.errors import PackedCommError, SessionStateError, TensorError
 from packedcomm.settings import Settings
 
 __all__ = ["NcclOperations", "abort_all"]
@@ -222,15 +222,6 @@ class NcclOperations(Communicator):
                 self.check()
                 check()
                 time.sleep(WARM_UP_POLL_S)
-
-    def _check_other(self, operation: str, argument: str, peer: int) -> None:
-        self._check_peer(operation, argument, peer)
-        if peer == self.rank:
-            raise ArgumentError(f"{operation} on rank {self.rank}: {argument} is this rank itself")
-
-    def _check_open(self, operation: str) -> None:
-        if self._ended is not None:
-            raise self._closed_error(operation, self._ended)
 
     @contextlib.contextmanager
     def _failures(self, operation: str) -> Iterator[None]:
