@@ -58,8 +58,13 @@ class BuildExtension(build_ext):
         ext.extra_compile_args = [*ext.extra_compile_args, *(["-Werror"] if strict else [])]
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
-        # Object files of another variant (with or without CUDA) must not be linked by accident.
+        # Object files of another variant (with or without CUDA) must not be linked by accident, nor
+        # an extension of another variant be taken for up to date.
         variant = "cuda" if cuda_sources else "cpu"
+        stamp = Path(self.build_temp) / "variant"
+        self.force = self.force or not stamp.exists() or stamp.read_text() != variant
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(variant)
         self.build_temp = str(Path(self.build_temp) / variant)
         for source in cuda_sources:
             ext.extra_objects.append(self.compile_cuda(source, strict))
@@ -107,7 +112,7 @@ def extension() -> Pybind11Extension:
         library_dirs=library_dirs,
         libraries=libraries or ["dl", "pthread"],
         extra_compile_args=HOST_FLAGS,
-        depends=sorted(str(p) for p in Path("csrc").rglob("*.hpp")),
+        depends=["setup.py", *sorted(str(p) for p in Path("csrc").rglob("*.[hc]*"))],
     )
 
 

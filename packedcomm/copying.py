@@ -19,6 +19,7 @@ from packedcomm.errors import ArgumentError, CapacityError, TensorError
 
 __all__ = [
     "CopyPlan",
+    "as_destination",
     "as_tensor",
     "contiguous_copy",
     "describe_tensors",
@@ -52,6 +53,9 @@ def as_tensor(array: Any) -> torch.Tensor:
     """
     if isinstance(array, torch.Tensor):
         return array
+    if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
+        # torch doesn't raise on these: it ends the process.
+        raise TensorError(f"{type(array).__name__} has negative strides: pass a copy of it")
     try:
         if hasattr(array, "__dlpack__"):
             return from_dlpack(array)
@@ -60,6 +64,20 @@ def as_tensor(array: Any) -> torch.Tensor:
     except (BufferError, RuntimeError, TypeError) as error:
         raise TensorError(f"{type(array).__name__} can't be read as a tensor: {error}") from error
     raise TensorError(f"expected a tensor or an array with __dlpack__, got {type(array).__name__}")
+
+
+def as_destination(array: Any) -> torch.Tensor:
+    """As `as_tensor`, for memory that will be written.
+
+    Raises:
+        TensorError: the array is read-only, or its elements share memory.
+    """
+    if getattr(getattr(array, "flags", None), "writeable", True) is False:
+        raise TensorError(f"{type(array).__name__} is read-only")
+    tensor = as_tensor(array)
+    if not tensor.is_contiguous():
+        _new_table(tensor.device).add_pairs([tensor], [tensor], None)
+    return tensor
 
 
 def _new_table(device: torch.device) -> _native.CopyTable:
@@ -122,9 +140,10 @@ def describe_tensors(
 class CopyPlan:
     """A batch of copies, planned once and replayed by one call.
 
-    The plan holds references to its tensors, so their memory stays. All tensors must be on one
-    device; a source and a destination of a pair have one shape and dtype (or equal item size), any
-    strides, any alignment. Source and destination memory must not overlap.
+    The plan holds references to its tensors, so their memory stays while it lives; one that ran on
+    a GPU must not be dropped, with its tensors, before that stream's work is done or ordered. All
+    tensors must be on one device; a source and a destination of a pair have one shape and dtype (or
+    equal item size), any strides, any alignment. Source and destination memory must not overlap.
 
     Args:
         pairs: `(source, destination)` tensors or arrays.
@@ -141,7 +160,7 @@ class CopyPlan:
     def __init__(
         self, pairs: Sequence[tuple[Any, Any]], *, threads: int = 0, blocks: int = 0
     ) -> None:
-        self._pairs = [(as_tensor(s), as_tensor(d)) for s, d in pairs]
+        self._pairs = [(as_tensor(s), as_destination(d)) for s, d in pairs]
         self._threads = _thread_count(threads)
         self._blocks = blocks
         self.device = self._pairs[0][1].device if self._pairs else torch.device("cpu")
@@ -165,6 +184,9 @@ class CopyPlan:
         Raises:
             CudaError: the launch failed, or packedcomm was built without CUDA.
         """
+        if self._uploaded is not None:
+            # The plan may be dropped while this stream hasn't read the table yet.
+            self._uploaded.record_stream(torch.cuda.current_stream(self.device))
         _run(self._table, self.device, self._threads, self._blocks, self._uploaded)
 
     def __repr__(self) -> str:

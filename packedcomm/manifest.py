@@ -191,7 +191,7 @@ class Manifest:
                 f"got {len(names)}, {len(dtype_names)} and {len(shapes)}"
             )
         return cls(
-            TensorSpec(name, dtype, tuple(shape))
+            TensorSpec(name, dtype, shape)  # type: ignore[arg-type]  # made a tuple there
             for name, dtype, shape in zip(names, dtype_names, shapes, strict=True)
         )
 
@@ -220,11 +220,11 @@ class Manifest:
         """
         try:
             document = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ManifestError(f"manifest is not valid JSON: {error}") from None
         if not isinstance(document, dict) or set(document) != {"tensors", "version"}:
             raise ManifestError('manifest must be an object with "tensors" and "version"')
-        if document["version"] != 1:
+        if document["version"] != 1 or document["version"] is True:
             raise ManifestError(f"manifest version {document['version']!r}, expected 1")
         rows = document["tensors"]
         if not isinstance(rows, list):

@@ -16,6 +16,9 @@ __all__ = ["DEFAULTS", "Settings"]
 
 GiB = 1 << 30
 
+# About four months: what timers of every library involved can hold.
+MOST_SECONDS = 10_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -62,8 +65,11 @@ class Settings:
             if isinstance(value, str):
                 continue
             if field.name.endswith("_s"):
-                if not value > 0:
-                    raise ArgumentError(f"Settings.{field.name} must be > 0 seconds, got {value!r}")
+                if not 0 < value <= MOST_SECONDS:
+                    raise ArgumentError(
+                        f"Settings.{field.name} must be > 0 and <= {MOST_SECONDS:,} seconds, "
+                        f"got {value!r}"
+                    )
             elif value < 1:
                 raise ArgumentError(f"Settings.{field.name} must be >= 1, got {value!r}")
 

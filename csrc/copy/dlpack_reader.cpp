@@ -1,6 +1,8 @@
 // The part of DLPack's ABI that is needed, and the checks that DLPack leaves to its users.
 #include "dlpack_reader.hpp"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <string>
 
 #include "../common/error.hpp"
@@ -62,8 +64,7 @@ std::string python_error_text() {
   return text.substr(0, text.find('\n'));
 }
 
-// What is known of the tensor types of the framework, looked up once. Leaked: it must not be
-// destroyed after the interpreter.
+// What is known of the tensor types of the framework, looked up once and never destroyed.
 struct TensorTypes {
   PyTypeObject* tensor;
   PyTypeObject* parameter;
@@ -92,9 +93,10 @@ struct TensorTypes {
   }
 };
 
+// Not a plain static: its guard would be held while the import gives up the GIL.
 const TensorTypes& tensor_types() {
-  static const auto* types = new TensorTypes;
-  return *types;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<TensorTypes> storage;
+  return storage.call_once_and_store_result([] { return TensorTypes(); }).get_stored();
 }
 
 bool flag(py::handle tensor, const py::object& method) {

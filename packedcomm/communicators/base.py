@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import abc
+import numbers
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
-from packedcomm.copying import as_tensor
+from packedcomm.copying import as_tensor, describe_tensors
 from packedcomm.errors import ArgumentError, SessionStateError, TensorError
+from packedcomm.settings import MOST_SECONDS
 
-__all__ = ["Communicator", "check_rank", "contiguous_bytes"]
+__all__ = ["Communicator", "Pending", "check_rank", "check_timeout", "contiguous_bytes"]
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -21,6 +23,16 @@ def check_rank(rank: int, world_size: int) -> None:
         raise ArgumentError(f"world_size must be an integer >= 1, got {world_size!r}")
     if type(rank) is not int or not 0 <= rank < world_size:
         raise ArgumentError(f"rank must be in 0..{world_size - 1}, got {rank!r}")
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise `ArgumentError` unless it is a number of seconds that every timer can hold."""
+    given: object = timeout_s
+    is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    if not is_number or not 0 < timeout_s <= MOST_SECONDS:
+        raise ArgumentError(
+            f"timeout_s must be a number > 0 and <= {MOST_SECONDS:,} seconds, got {timeout_s!r}"
+        )
 
 
 def contiguous_bytes(tensor: torch.Tensor, operation: str) -> torch.Tensor:
@@ -40,6 +52,16 @@ def contiguous_bytes(tensor: torch.Tensor, operation: str) -> torch.Tensor:
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     first = tensor.storage_offset() * tensor.itemsize
     return flat.set_(tensor.untyped_storage(), first, (tensor.nbytes,), (1,))
+
+
+class Pending(Protocol):
+    """An operation that was started and is finished elsewhere."""
+
+    seconds: float
+    """How long it took, once `wait` has returned."""
+
+    def wait(self) -> None:
+        """Return when it is done; raise what it failed with. May be called again."""
 
 
 class Communicator(abc.ABC):
@@ -69,6 +91,21 @@ class Communicator(abc.ABC):
             DeadlineExceeded, PeerLost, NcclError: the operation failed.
             SessionStateError: the communicator is closed or was aborted.
         """
+
+    def start_broadcast(self, tensors: list[torch.Tensor], src: int) -> Pending | None:
+        """Broadcast several tensors as one group, possibly in the background.
+
+        Returns:
+            What to wait for before the tensors are touched; None where that is not for the host:
+            on a GPU everything is enqueued on the current stream, or it is done already.
+
+        Raises:
+            As `broadcast`; in the background, by the result's `wait`.
+        """
+        with self.group():
+            for tensor in tensors:
+                self.broadcast(tensor, src)
+        return None
 
     @abc.abstractmethod
     def send(self, tensor: torch.Tensor, dst: int) -> None:
@@ -132,9 +169,8 @@ class Communicator(abc.ABC):
     def _checked_bytes(self, operation: str, tensor: Any) -> torch.Tensor:
         operation = f"{operation} on rank {self.rank} of {self.world_size}"
         tensor = as_tensor(tensor)
-        if tensor.device != self.device:
-            raise TensorError(
-                f"{operation}: tensor of shape {tuple(tensor.shape)} is on {tensor.device}, "
-                f"the communicator on {self.device}"
-            )
+        try:
+            describe_tensors([tensor], self.device)
+        except TensorError as error:
+            raise TensorError(f"{operation}: {error}") from error
         return contiguous_bytes(tensor, operation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Self
 
@@ -97,7 +98,6 @@ class GlooCommunicator(Communicator):
         self.world_size = world_size
         self.device = torch.device("cpu")
         self._settings = settings
-        self._process_group = group
         self._sockets = sockets
         self._thread = TransferThread(group)
         self._grouped: list[Transfer] | None = None
@@ -229,7 +229,6 @@ class GlooCommunicator(Communicator):
         # Idle unless an operation was given up. Gloo may not notice its end before its own timeout;
         # the thread then stays behind with the group and the tensors.
         self._thread.stop(GIVEN_UP_S if failed else self._settings.close_timeout_s)
-        self._process_group = None
 
     def _issue(self, transfer: Transfer) -> None:
         self._check_open(transfer.operation)
@@ -258,7 +257,7 @@ class GlooCommunicator(Communicator):
                     hung_up_at = None
                 elif hung_up_at is None:
                     hung_up_at = now + (REDUCTION_GRACE_S if batch.peer is None else 0.0)
-                elif now > hung_up_at:
+                elif now > hung_up_at and not batch.wait(0.0):
                     self._raise_lost(batch, "connection closed")
             if batch.error is not None:
                 self._raise_failure(batch, batch.error)
@@ -306,6 +305,12 @@ class GlooCommunicator(Communicator):
             if self._ended is None:
                 self._ended = reason
         self._sockets.cut()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            # The thread has the last reference to the group. It isn't waited for here.
+            self._thread.let_end()
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
     def __repr__(self) -> str:
         state = "" if self._ended is None else f", ended: {self._ended}"

@@ -11,7 +11,12 @@ from typing import Any
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from packedcomm.communicators.listener import Listener
-from packedcomm.communicators.peer_sockets import PeerSockets, socket_inodes
+from packedcomm.communicators.peer_sockets import (
+    Endpoint,
+    PeerSockets,
+    listening_since,
+    socket_inodes,
+)
 from packedcomm.communicators.rendezvous import Rendezvous
 from packedcomm.errors import ArgumentError, PackedCommError, PeerLost
 
@@ -23,6 +28,10 @@ STORE_POLL_S = 0.002
 
 # Gloo's own timeout comes after ours, as a last resort.
 GLOO_SLACK_S = 5.0
+
+# Held while Gloo begins to listen, never while it connects: ranks of several groups may connect
+# them in different orders.
+_LISTENING = threading.Lock()
 
 
 def connect_gloo(
@@ -51,26 +60,41 @@ def connect_gloo(
     with Rendezvous(address, rank, world_size, timeout_s) as rendezvous:
         rendezvous.agree("gloo", "cpu")
         before = socket_inodes()
-        group = _connect(rendezvous)
+        device, listening = _listen(rendezvous)
+        group = _connect(rendezvous, device)
         sockets = PeerSockets.find(
             before,
+            listening,
             rank,
             world_size,
-            publish=lambda data: rendezvous.store.set_once(f"sockets/{rank}", data),
-            published=lambda other: rendezvous.wait_for(f"sockets/{other}"),
+            publish=lambda name, data: rendezvous.store.set_once(f"{name}/{rank}", data),
+            published=lambda name, other: rendezvous.wait_for(f"{name}/{other}"),
         )
         rendezvous.finish()
     group._set_default_timeout(timedelta(seconds=operation_timeout_s + GLOO_SLACK_S))
     return group, sockets
 
 
-def _connect(rendezvous: Rendezvous) -> Any:
+def _listen(rendezvous: Rendezvous) -> tuple[Any, Endpoint]:
+    """Let Gloo listen; returns its device, and where that is, which Gloo doesn't tell."""
+    host = rendezvous.local_host
+    while True:
+        with _LISTENING:
+            before = socket_inodes()
+            try:
+                # Gloo listens on this address only. It must be the one by which the others come.
+                device = ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
+            except RuntimeError as error:
+                raise ArgumentError(f"Gloo can't listen on {host}: {error}") from error
+            opened = listening_since(before)
+        if len(opened) == 1:
+            return device, opened[0]
+        # Something else in the process has begun to listen at the same moment.
+        rendezvous.check()
+
+
+def _connect(rendezvous: Rendezvous, device: Any) -> Any:
     """Run Gloo's constructor on a thread, so that the deadline and the other ranks are watched."""
-    try:
-        # Gloo listens on this address only. It must be the one by which the others come.
-        device = ProcessGroupGloo.create_device(hostname=rendezvous.local_host, lazy_init=False)
-    except RuntimeError as error:
-        raise ArgumentError(f"Gloo can't listen on {rendezvous.local_host}: {error}") from error
     store = _GlooStore(rendezvous)
     groups: list[Any] = []
     errors: list[BaseException] = []

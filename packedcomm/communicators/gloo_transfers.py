@@ -157,9 +157,13 @@ class TransferThread:
         self._batches.put(batch)
         return batch
 
+    def let_end(self) -> None:
+        """Let the thread end after what it is doing; from any thread, also in a finalizer."""
+        self._batches.put(None)
+
     def stop(self, timeout_s: float) -> None:
         """Let the thread end after what it is doing, and wait for that."""
-        self._batches.put(None)
+        self.let_end()
         self._thread.join(timeout_s)
 
     def _run(self, group: Any) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from packedcomm.errors import AddressInUse, ArgumentError, SessionStateError
 
-__all__ = ["Address", "Listener"]
+__all__ = ["Address", "Listener", "closing_on_error"]
 
 # The only two spellings that listen on every interface.
 ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104  (compared with, never a default)
@@ -162,6 +164,17 @@ class Listener:
 
     def __repr__(self) -> str:
         return f"Listener({self.address!r}{', closed' if self.closed else ''})"
+
+
+@contextlib.contextmanager
+def closing_on_error(listener: object) -> Iterator[None]:
+    """Keep the promise that a listener is taken over whatever happens; takes anything else too."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(listener, Listener):
+            listener.close()
+        raise
 
 
 def _is_unspecified(host: str) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self, cast
 
 import torch
 
 from packedcomm import _native
-from packedcomm.communicators.base import check_rank
-from packedcomm.communicators.listener import Address, Listener
+from packedcomm.communicators.base import check_rank, check_timeout
+from packedcomm.communicators.listener import Address, Listener, closing_on_error
 from packedcomm.communicators.nccl_library import find_nccl
 from packedcomm.communicators.nccl_operations import NcclOperations, abort_all
 from packedcomm.communicators.rendezvous import Rendezvous
@@ -82,7 +81,7 @@ class NcclCommunicator(NcclOperations):
             NcclError: no usable NCCL library, or NCCL failed.
             PeerLost, ProtocolError, RemoteError: the meeting failed.
         """
-        with _closing_on_error(address):
+        with closing_on_error(address):
             gpu = _checked_device(device)
             library = find_nccl(settings)
         with Rendezvous(address, rank, world_size, timeout_s) as rendezvous:
@@ -129,6 +128,7 @@ class NcclCommunicator(NcclOperations):
             ArgumentError, CudaError, NcclError, VersionMismatch, PeerLost: as for `connect`.
         """
         check_rank(rank, world_size)
+        check_timeout(timeout_s)
         parsed = _parse_unique_id(uid)
         gpu = _checked_device(device)
         library = find_nccl(settings)
@@ -169,10 +169,13 @@ class NcclCommunicator(NcclOperations):
             ProtocolError: what rank 0 published isn't vLLM's form of a unique id.
             AddressInUse, ArgumentError, CudaError, NcclError, PeerLost: as for `connect`.
         """
-        check_rank(rank, world_size)
-        address = Address.parse(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        deadline = time.monotonic() + timeout_s
-        with _closing_on_error(listener):
+        with closing_on_error(listener):
+            check_rank(rank, world_size)
+            check_timeout(timeout_s)
+            if listener is not None and rank != 0:
+                raise ArgumentError(f"rank {rank}: only rank 0 takes a Listener")
+            address = Address.parse(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            deadline = time.monotonic() + timeout_s
             gpu = _checked_device(device)
             library = find_nccl(settings)
         check = _deadline_check(rank, world_size, library, deadline - time.monotonic())
@@ -280,17 +283,6 @@ def _parse_unique_id(uid: bytes | str) -> bytes:
     if len(data) != UNIQUE_ID_BYTES:
         raise ArgumentError(f"a unique id has {UNIQUE_ID_BYTES} bytes, got {len(data)}")
     return data
-
-
-@contextlib.contextmanager
-def _closing_on_error(listener: object) -> Iterator[None]:
-    """Keep the promise that a listener is taken over whatever happens."""
-    try:
-        yield
-    except BaseException:
-        if isinstance(listener, Listener):
-            listener.close()
-        raise
 
 
 def _deadline_check(

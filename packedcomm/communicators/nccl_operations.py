@@ -12,7 +12,7 @@ import torch
 
 from packedcomm import _native
 from packedcomm.communicators.base import Communicator
-from packedcomm.copying import describe_tensors
+from packedcomm.copying import as_tensor, describe_tensors
 from packedcomm.errors import PackedCommError, SessionStateError, TensorError
 from packedcomm.settings import Settings
 
@@ -180,17 +180,19 @@ class NcclOperations(Communicator):
     def _move(
         self, operation: str, function: _native.NcclMove, tensor: torch.Tensor, peer: int
     ) -> None:
-        # The checks of `_checked_bytes`, without making the view that NCCL has no use for.
-        if not (
-            isinstance(tensor, torch.Tensor)
-            and tensor.device == self.device
-            and tensor.layout == torch.strided
-            and tensor.is_contiguous()
-        ):
-            tensor = self._checked_bytes(operation, tensor)
+        tensor = as_tensor(tensor)
+        try:
+            ((address, nbytes, contiguous),) = describe_tensors([tensor], self.device)
+        except TensorError as error:
+            raise TensorError(f"{operation} on rank {self.rank}: {error}") from error
+        if not contiguous:
+            raise TensorError(
+                f"{operation} on rank {self.rank}: tensor of shape {tuple(tensor.shape)} and "
+                f"strides {tuple(tensor.stride())} is not contiguous"
+            )
         if not self._is_empty(operation, tensor):
             with self._failures(operation):
-                function(tensor.data_ptr(), tensor.nbytes, peer, self._stream(), self._timeout_s)
+                function(address, nbytes, peer, self._stream(), self._timeout_s)
 
     def _is_empty(self, operation: str, tensor: torch.Tensor) -> bool:
         self._check_open(operation)

@@ -12,10 +12,16 @@ import socket
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from packedcomm.errors import ProtocolError
 
-__all__ = ["PeerSockets", "socket_inodes"]
+__all__ = ["Endpoint", "PeerSockets", "listening_since", "socket_inodes"]
+
+Value = TypeVar("Value")
+
+# (IP, port)
+Endpoint = tuple[str, int]
 
 # (local IP, local port, remote IP, remote port)
 Endpoints = tuple[str, int, str, int]
@@ -43,42 +49,47 @@ class PeerSockets:
     def find(
         cls,
         before: set[int],
+        listening: Endpoint,
         rank: int,
         world_size: int,
-        publish: Callable[[bytes], object],
-        published: Callable[[int], bytes],
+        publish: Callable[[str, bytes], object],
+        published: Callable[[str, int], bytes],
     ) -> PeerSockets:
-        """Find the connections made since `before` and learn whose they are.
+        """Find the group's connections and learn whose they are.
 
-        Every rank publishes both ends of its new connections; the peer of a connection is the rank
-        that published the same one the other way round.
+        One end of each is where a rank's Gloo listens, which no other group shares: the process may
+        have other groups, and be making them at the same time. Every rank publishes where it
+        listens, then both ends of its connections; the peer of a connection is the rank that
+        published the same one the other way round.
 
         Args:
             before: `socket_inodes` from before the group was made.
+            listening: where this rank's Gloo listens.
             rank: this rank.
             world_size: number of ranks.
-            publish: gives this rank's list to the others.
-            published: returns another rank's list, waiting for it.
+            publish: gives something to the other ranks, under a name.
+            published: returns what another rank gives under a name, waiting for it.
 
         Raises:
-            ProtocolError: another rank's list is malformed.
+            ProtocolError: what another rank published is malformed.
         """
+        others = [other for other in range(world_size) if other != rank]
+        publish("listening", _to_json(listening))
+        peers = {_parse(published("listening", other), other, _to_endpoint) for other in others}
         mine = [
-            (descriptor, endpoints)
+            (descriptor, ends)
             for descriptor, inode in _sockets()
-            if inode not in before and (endpoints := _endpoints(descriptor)) is not None
+            if inode not in before
+            and (ends := _inspect(descriptor, _ends)) is not None
+            and (ends[:2] == listening or ends[2:] in peers)
         ]
-        publish(json.dumps([endpoints for _, endpoints in mine]).encode("ascii"))
+        publish("connections", _to_json([ends for _, ends in mine]))
         owners: dict[Endpoints, int] = {}
-        for other in range(world_size):
-            if other != rank:
-                for local, port, remote, remote_port in _parse(published(other), other):
-                    owners[remote, remote_port, local, port] = other
-        matched = [_PeerSocket(owners.get(ends), fd, ends) for fd, ends in mine]
-        if len(matched) != world_size - 1:
-            # Sockets of other threads are among them: keep what is surely Gloo's.
-            matched = [peer for peer in matched if peer.rank is not None]
-        return cls(matched)
+        for other in others:
+            theirs = _parse(published("connections", other), other, _to_connections)
+            for local, port, remote, remote_port in theirs:
+                owners[remote, remote_port, local, port] = other
+        return cls(_PeerSocket(owners.get(ends), fd, ends) for fd, ends in mine)
 
     def closed_ranks(self) -> list[int]:
         """The ranks whose connection is closed, at either end."""
@@ -108,21 +119,36 @@ def _sockets() -> list[tuple[int, int]]:
     return found
 
 
-def _endpoints(descriptor: int) -> Endpoints | None:
-    """Both ends of a connected TCP socket, None for anything else."""
+def listening_since(before: set[int]) -> list[Endpoint]:
+    """Where the process has come to listen for TCP connections since `before`."""
+    found = [_inspect(fd, _listening) for fd, inode in _sockets() if inode not in before]
+    return [endpoint for endpoint in found if endpoint is not None]
+
+
+def _inspect(descriptor: int, function: Callable[[socket.socket], Value | None]) -> Value | None:
+    """What `function` finds out about a TCP socket; None for anything else."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-            return _ends(duplicate)
+            internet = duplicate.family in (socket.AF_INET, socket.AF_INET6)
+            if not internet or duplicate.type != socket.SOCK_STREAM:
+                return None
+            return function(duplicate)
     except OSError:
         return None
 
 
-def _ends(connection: socket.socket) -> Endpoints | None:
-    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-    if not internet or connection.type != socket.SOCK_STREAM:
-        return None
-    local, remote = connection.getsockname(), connection.getpeername()
-    return (local[0], local[1], remote[0], remote[1])
+def _listening(found: socket.socket) -> Endpoint | None:
+    listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return _numeric(found.getsockname()) if listens else None
+
+
+def _ends(connection: socket.socket) -> Endpoints:
+    return _numeric(connection.getsockname()) + _numeric(connection.getpeername())
+
+
+def _numeric(address: Any) -> Endpoint:
+    # A link-local address names this machine's interface, which is another one on the other end.
+    return address[0].partition("%")[0], address[1]
 
 
 def _apply(peer: _PeerSocket, action: Callable[[socket.socket], bool]) -> bool:
@@ -148,10 +174,23 @@ def _shut_down(connection: socket.socket) -> bool:
     return True
 
 
-def _parse(data: bytes, rank: int) -> list[Endpoints]:
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value).encode("ascii")
+
+
+def _to_endpoint(value: Any) -> Endpoint:
+    host, port = value
+    return str(host), int(port)
+
+
+def _to_connections(value: Any) -> list[Endpoints]:
+    return [(str(a), int(b), str(c), int(d)) for a, b, c, d in value]
+
+
+def _parse(data: bytes, rank: int, convert: Callable[[Any], Value]) -> Value:
     try:
         if len(data) > MAX_ENDPOINTS_BYTES:
             raise ValueError(f"{len(data)} bytes")
-        return [(str(a), int(b), str(c), int(d)) for a, b, c, d in json.loads(data)]
+        return convert(json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"connections of rank {rank} are malformed: {error}") from None

@@ -7,7 +7,8 @@ The meeting point is a torch TCPStore that rank 0 serves only while the ranks co
     failure         the first error of any rank; every other rank stops with it
     alive/<rank>    a counter that the rank raises while it waits
     done/<rank>     the rank is connected and needs the store no more
-    left            how many ranks have failed and need the store no more
+    came            how many processes have arrived, those that claim a rank second included
+    left            how many of them have failed and need the store no more
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from packedcomm.communicators.base import check_rank
+from packedcomm.communicators.base import check_rank, check_timeout
 from packedcomm.communicators.bounded_store import BoundedStore, wait_for_server
-from packedcomm.communicators.listener import Address, Listener
+from packedcomm.communicators.listener import Address, Listener, closing_on_error
 from packedcomm.communicators.rank_record import RankRecord
 from packedcomm.errors import (
     ArgumentError,
@@ -85,9 +86,12 @@ class Rendezvous:
             AddressInUse: rank 0 can't listen because another socket does.
             RendezvousTimeout: rank 0 can't be reached.
         """
-        check_rank(rank, world_size)
-        if not timeout_s > 0:
-            raise ArgumentError(f"timeout_s must be > 0, got {timeout_s!r}")
+        with closing_on_error(address):
+            check_rank(rank, world_size)
+            check_timeout(timeout_s)
+            self._begin(address, rank, world_size, timeout_s)
+
+    def _begin(self, address: str | Listener, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
         self._started = time.monotonic()
@@ -150,6 +154,7 @@ class Rendezvous:
         )
         with self._rank0_may_be_lost():
             published = record.to_json()
+            self.store.add("came", 1)
             first = self.store.set_once(f"arrival/{self.rank}", published)
             if first != published:
                 claimed = RankRecord.from_json(first, self.rank)
@@ -333,6 +338,10 @@ class Rendezvous:
 
     def _linger(self) -> None:
         end = time.monotonic() + LINGER_S
-        present = sum(self.store.has(f"arrival/{rank}") for rank in range(self.world_size))
-        while time.monotonic() < end and self.store.add("left", 0) < present:
+        everyone = [f"arrival/{rank}" for rank in range(self.world_size)]
+        while (now := time.monotonic()) < end:
+            # Those that may still come are worth the wait only as long as they are waited for.
+            all_came = now >= self.deadline or self.store.has(*everyone)
+            if all_came and self.store.add("left", 0) >= self.store.add("came", 0):
+                return
             time.sleep(POLL_S[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.copying import as_tensor, describe_tensors
+from packedcomm.copying import as_destination, describe_tensors
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.manifest import Manifest, dtype_name
 
@@ -29,8 +29,11 @@ class TensorTarget:
     Raises:
         ManifestError: a name is empty or occurs twice.
         TensorError: a tensor requires grad (writing it in place would corrupt a graph: pass
-            `tensor.detach()`), or can't be written as bytes; the message names it.
+            `tensor.detach()`), is read-only, overlaps itself or can't be written as bytes; the
+            message names it.
     """
+
+    fixed_destinations = True
 
     def __init__(
         self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], *, partial: bool = False
@@ -42,13 +45,16 @@ class TensorTarget:
                 raise ManifestError(f"tensor name must be a non-empty string, got {name!r}")
             if name in self._tensors:
                 raise ManifestError(f"duplicate tensor name {name!r}")
-            tensor = as_tensor(array)
+            try:
+                tensor = as_destination(array)
+                describe_tensors([tensor], tensor.device)
+            except TensorError as error:
+                raise TensorError(f"tensor {name!r}: {error}") from error
             if tensor.requires_grad:
                 raise TensorError(
                     f"tensor {name!r} requires grad and can't be written in place: "
                     "pass its detach()"
                 )
-            describe_tensors([tensor], tensor.device, [name])
             self._tensors[name] = tensor
 
     def check(self, manifest: Manifest) -> None:

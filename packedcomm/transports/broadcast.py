@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from packedcomm.communicators.base import Communicator
-from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError
+from packedcomm.errors import ArgumentError, ConfigMismatch, ContextLost, CudaError
 from packedcomm.events import OnEvent
 from packedcomm.planning.chunks import Cut, WireFormat, chunk_rule
 from packedcomm.settings import DEFAULTS
@@ -42,7 +42,7 @@ def broadcast_producer(
     """Send named tensors to every other rank of a group.
 
     On a GPU this returns once everything is enqueued. Packing waits for the work on the stream that
-    is current at the call, that stream's later work waits for the packing, so tensors may be
+    is current at the call, and that stream's later work waits for the broadcasts, so tensors may be
     changed or freed right after the return, by work on that stream. On a CPU it returns when
     everything is sent. May be called from any thread, by one thread at a time per group.
 
@@ -131,7 +131,12 @@ def broadcast_consumer(
         DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
 
     What the callback raises is raised. A failure after the transfer began aborts a `Communicator`.
-    A target that was written when it failed holds old and new tensors.
+    The content of a target's tensors is then undefined: old, new, or part of each. On a GPU that is
+    also so when the communicator is aborted after the return, before the work was done.
+
+    A tensor that a callback gets is a view of memory that torch's allocator doesn't know as the
+    tensor's own, so `record_stream` does nothing for it: before dropping one that another stream
+    still reads, let the current stream wait for that stream.
     """
     cut = _checked_arguments(group, src, buffer_size_bytes, num_buffers, wire_format)
     if getattr(group, "rank", None) == src:
@@ -151,6 +156,8 @@ def _checked_arguments(
     if type(src) is not int or src < 0 or (isinstance(world_size, int) and src >= world_size):
         limit = f"0..{world_size - 1}" if isinstance(world_size, int) else ">= 0"
         raise ArgumentError(f"src must be a rank in {limit}, got {src!r}")
+    if getattr(group, "disabled", False) is True:  # vLLM's, where its NCCL was of no use
+        raise ArgumentError("the group is disabled: its broadcasts would silently do nothing")
     if type(num_buffers) is not int or num_buffers < 1:
         raise ArgumentError(f"num_buffers must be an integer >= 1, got {num_buffers!r}")
     return chunk_rule(wire_format, buffer_size_bytes)
@@ -182,5 +189,8 @@ def _abort_on_failure(group: Any, operation: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(group, Communicator):
             # Peers are in the middle of the same transfer; this is what tells them.
-            group.abort(f"{operation} failed: {type(error).__name__}: {error}")
+            try:
+                group.abort(f"{operation} failed: {type(error).__name__}: {error}")
+            except ContextLost as lost:
+                error.add_note(f"and the communicator could not be aborted: {lost}")
         raise

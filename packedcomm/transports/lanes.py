@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from packedcomm.communicators.base import Pending
+
 __all__ = [
     "Caller",
     "CallerStream",
@@ -20,21 +22,10 @@ __all__ = [
     "InlineLane",
     "Lane",
     "Mark",
-    "Pending",
     "StreamLane",
     "Work",
     "synchronize",
 ]
-
-
-class Pending(Protocol):
-    """An operation that was started and is finished elsewhere."""
-
-    seconds: float
-    """How long it took, once `wait` has returned."""
-
-    def wait(self) -> None:
-        """Return when it is done; raise what it failed with. May be called again."""
 
 
 Mark = torch.cuda.Event | Pending | None
@@ -49,6 +40,9 @@ class Lane(Protocol):
 
     def run(self, work: Work, after: Iterable[Mark] = ()) -> Mark:
         """Run `work` behind this lane's earlier work and behind the marks; returns its end."""
+
+    def tail(self) -> Mark:
+        """The end of everything that was given to this lane."""
 
     def start_timing(self) -> None:
         """Forget earlier times and measure the work that follows."""
@@ -87,6 +81,9 @@ class StreamLane:
             self._spans.append((begin, end))
         return end
 
+    def tail(self) -> Mark:
+        return self._event()
+
     def start_timing(self) -> None:
         self._timing = True
         self._spans.clear()
@@ -124,6 +121,9 @@ class InlineLane:
             self._started.append(pending)
         return pending
 
+    def tail(self) -> Mark:
+        return None
+
     def start_timing(self) -> None:
         self._seconds = 0.0
         self._started.clear()
@@ -142,9 +142,15 @@ class CallerStream:
     """The stream that was current when the transfer was called."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.stream = torch.cuda.current_stream(device)
 
     def mark(self) -> Mark:
+        # An iterator that yields from inside `torch.cuda.stream(...)` leaves its stream current:
+        # what it enqueued there counts as the caller's work too.
+        current = torch.cuda.current_stream(self._device)
+        if current != self.stream:
+            self.stream.wait_stream(current)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from packedcomm.communicators.base import Communicator
 from packedcomm.copying import describe_tensors, unpack_from
 from packedcomm.errors import ManifestError
 from packedcomm.events import OnEvent
@@ -18,7 +19,7 @@ from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
 from packedcomm.transports.lanes import Mark, Work, synchronize
 from packedcomm.transports.progress import Progress
-from packedcomm.transports.sending import broadcast_all, check_name, starts_broadcasts
+from packedcomm.transports.sending import broadcast_all, check_name
 from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
 
 __all__ = ["Receiving", "Target"]
@@ -30,7 +31,12 @@ Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
 @runtime_checkable
 class Target(Protocol):
     """Where received tensors are written in place, by one batched copy per chunk or by receiving
-    straight into them."""
+    straight into them.
+
+    A target whose `destination` gives the same tensors for ever says so by an attribute
+    `fixed_destinations = True`: `check` and `destination` are then called once per manifest and
+    group, not at every transfer.
+    """
 
     def check(self, manifest: Manifest) -> None:
         """Called before any data when the whole manifest is known; raises `ManifestError`."""
@@ -39,7 +45,8 @@ class Target(Protocol):
         """The tensor, or strided view, of this dtype and shape to write; raises `ManifestError`."""
 
     def finish(self, received: set[str]) -> None:
-        """Called once all data is on its way, with the names received; raises `ManifestError`."""
+        """Called at the end of every transfer with the names received, when the caller's stream is
+        ordered after the data; raises `ManifestError`."""
 
 
 @lru_cache(maxsize=256)
@@ -69,6 +76,14 @@ class DestinedChunk:
     chunk: Chunk
     names: list[str]
     tensors: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """All chunks of a manifest with their destinations."""
+
+    chunks: list[DestinedChunk]
+    names: set[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,7 @@ class Receiving:
         self._seen: set[str] = set()
         # Where broadcasts run in the background the next one is started before the last chunk is
         # delivered, so that the wire never waits for callbacks.
-        self._ahead = pipeline.device.type == "cuda" or starts_broadcasts(group)
+        self._ahead = pipeline.device.type == "cuda" or isinstance(group, Communicator)
         self._arriving: Arrival | None = None
         self._done: Mark = None
         # Deliveries of buffers that aren't slots, see `_await_earlier_buffers`.
@@ -118,39 +133,56 @@ class Receiving:
 
     def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
         """Receive every tensor that the metadata describes."""
-        with self._progress:
-            if self._target is None:
-                for chunk in self._cut(self._sizes(metadata)):
-                    specs = [self._pulled.pop(i) for i in chunk.indices]
-                    self._receive_for_callback(chunk, specs)
-                    self._progress.moved(chunk)
-            else:
-                for destined in self._destined(metadata, self._target):
-                    self._receive_into(destined)
-                    self._progress.moved(destined.chunk)
-            self._deliver()
-            if self._target is not None and not isinstance(metadata, Manifest):
-                self._target.finish(self._seen)
-            self._pipeline.caller.wait_for(self._done)
-
-    def _destined(
-        self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target
-    ) -> Iterable[DestinedChunk]:
-        """The chunks with their destinations; for a manifest worked out once and kept, so that
-        later transfers cost no Python per tensor."""
-        if not isinstance(metadata, Manifest):
-            return self._destine(metadata, target)
         try:
+            with self._progress:
+                if self._target is None:
+                    self._run_for_callback(metadata)
+                else:
+                    self._run_into(metadata, self._target)
+        finally:
+            # It refers back to this object; buffers must not wait for the garbage collector.
+            self._arriving = None
+
+    def _run_for_callback(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
+        for chunk in self._cut(self._sizes(metadata)):
+            specs = [self._pulled.pop(i) for i in chunk.indices]
+            self._receive_for_callback(chunk, specs)
+            self._progress.moved(chunk)
+        self._deliver()
+        self._pipeline.caller.wait_for(self._done)
+
+    def _run_into(self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target) -> None:
+        if isinstance(metadata, Manifest):
+            plan = self._plan(metadata, target)
+            chunks: Iterable[DestinedChunk] = plan.chunks
+            self._seen = plan.names
+        else:
+            chunks = self._destine(metadata, target)
+        for destined in chunks:
+            self._receive_into(destined)
+            self._progress.moved(destined.chunk)
+        self._deliver()
+        self._pipeline.caller.wait_for(self._done)
+        target.finish(self._seen)
+
+    def _plan(self, manifest: Manifest, target: Target) -> TargetPlan:
+        """Everything about a manifest and a target, checked before any data.
+
+        Kept for targets whose destinations are fixed: their later transfers cost no Python per
+        tensor.
+        """
+        key = (manifest.digest, self._cut)
+        kept: dict[Any, TargetPlan] = {}
+        if getattr(target, "fixed_destinations", False):
             kept = self._pipeline.plans.setdefault(target, {})
-        except TypeError:  # a target that can't be referred to weakly
-            kept = {}
-        key = (metadata.digest, self._cut)
         if key not in kept:
-            target.check(metadata)
+            target.check(manifest)
+            chunks = list(self._destine(manifest, target))
+            for destined in chunks:
+                describe_tensors(destined.tensors, self._pipeline.device, destined.names)
             kept.clear()
-            kept[key] = list(self._destine(metadata, target))
-        destined: list[DestinedChunk] = kept[key]
-        return destined
+            kept[key] = TargetPlan(chunks, self._seen)
+        return kept[key]
 
     def _destine(
         self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target
@@ -164,7 +196,13 @@ class Receiving:
         """Pull descriptions, remember them by position, yield their sizes in bytes."""
         pulled = self._pulled
         seen = self._seen
-        for index, (name, (shape, dtype)) in enumerate(metadata):
+        for index, item in enumerate(metadata):
+            try:
+                name, (shape, dtype) = item
+            except (TypeError, ValueError):
+                raise ManifestError(
+                    f"item {index} is {item!r}, expected (name, (shape, dtype))"
+                ) from None
             check_name(name, seen)
             try:
                 shape = tuple(shape)

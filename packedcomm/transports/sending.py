@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 
-from packedcomm.communicators.base import contiguous_bytes
+from packedcomm.communicators.base import Communicator, Pending, contiguous_bytes
 from packedcomm.copying import as_tensor, contiguous_copy, describe_tensors, pack_into
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.planning.chunks import Chunk, Cut
-from packedcomm.transports.lanes import Mark, Pending
+from packedcomm.transports.lanes import Mark
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.slots import COPY_BLOCKS, PIPELINES, Pipeline, group_device
 
-__all__ = ["PostIter", "Sending", "broadcast_all", "check_name", "starts_broadcasts"]
+__all__ = ["PostIter", "Sending", "broadcast_all", "check_name"]
 
 PostIter = Callable[[tuple[str, Any]], Any]
 
@@ -33,22 +32,15 @@ def check_name(name: Any, seen: set[str]) -> None:
     seen.add(name)
 
 
-def starts_broadcasts(group: Any) -> bool:
-    """Whether the group takes several tensors at once and returns before they are broadcast."""
-    return hasattr(group, "start_broadcast")
-
-
 def broadcast_all(group: Any, tensors: list[torch.Tensor], src: int) -> Pending | None:
-    """Broadcast contiguous tensors, as one group of operations where the group has such.
+    """Broadcast contiguous tensors, as one group of operations over a communicator of ours.
 
     Returns what is still under way, if the group works in the background.
     """
-    if starts_broadcasts(group):
-        pending: Pending | None = group.start_broadcast(tensors, src)
-        return pending
-    with group.group() if len(tensors) > 1 and hasattr(group, "group") else nullcontext():
-        for tensor in tensors:
-            group.broadcast(contiguous_bytes(tensor, "broadcast"), src=src)
+    if isinstance(group, Communicator):
+        return group.start_broadcast(tensors, src)
+    for tensor in tensors:
+        group.broadcast(contiguous_bytes(tensor, "broadcast"), src=src)
     return None
 
 
@@ -119,10 +111,14 @@ class Sending:
         seen: set[str] = set()
         names, pulled, post_iter_func = self._names, self._pulled, self._post_iter_func
         for index, item in enumerate(iterator):
-            name = item[0]
+            try:
+                name, tensor = item
+            except (TypeError, ValueError):
+                raise ManifestError(f"item {index} is {item!r}, expected (name, tensor)") from None
             check_name(name, seen)
             names.append(name)
-            tensor = item[1] if post_iter_func is None else post_iter_func(item)
+            if post_iter_func is not None:
+                tensor = post_iter_func(item)
             try:
                 if not isinstance(tensor, torch.Tensor):
                     tensor = as_tensor(tensor)

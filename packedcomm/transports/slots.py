@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from packedcomm.communicators.base import Communicator
 from packedcomm.errors import CapacityError
 from packedcomm.transports.lanes import (
     Caller,
@@ -127,6 +128,18 @@ class Pipeline:
             slot.buffer.record_stream(self.caller.stream)
         slot.buffer = None
 
+    def settle(self) -> None:
+        """After a failure: let the caller's later work come after whatever is still under way."""
+        for lane in (self.wire, self.copy):
+            self.caller.wait_for(lane.tail())
+
+    def end(self) -> None:
+        """After a transfer: what was started is waited for, and nothing of the group is kept."""
+        for slot in self.slots:
+            if not isinstance(slot.free, torch.cuda.Event):
+                self.caller.wait_for(slot.free)
+                slot.free = None
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes that every lane and the caller may use in any order that marks establish.
 
@@ -134,7 +147,9 @@ class Pipeline:
             CapacityError: no memory.
         """
         try:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            # A slot outlives the caller's inference mode, whose tensors can't be written outside.
+            with torch.inference_mode(False):
+                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError on a CPU
             raise CapacityError(
                 f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
@@ -165,7 +180,14 @@ class _PipelineCache:
             kept = {}
         pipeline = kept.pop(device, None) or Pipeline(device)
         pipeline.begin(num_buffers)
-        yield pipeline
+        try:
+            yield pipeline
+        except BaseException:
+            # A foreign group can't be aborted, and waiting for its peers could last for ever.
+            if isinstance(group, Communicator):
+                pipeline.settle()
+            raise
+        pipeline.end()
         kept[device] = pipeline
 
     def drop(self, group: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 
 from packedcomm import Manifest, TensorSpec, TensorTarget, broadcast_consumer, broadcast_producer
-from packedcomm.communicators.base import Communicator
+from packedcomm.communicators.base import Communicator, contiguous_bytes
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -25,10 +28,15 @@ class AbortableGroup(RecordingGroup, Communicator):
         self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
         self.aborted: list[str] = []
 
+    def broadcast(self, tensor, src):
+        super().broadcast(contiguous_bytes(tensor, "broadcast"), src)
+
     def send(self, tensor, dst): ...
     def recv(self, tensor, src): ...
     def all_reduce(self, tensor): ...
-    def group(self): ...
+    def group(self):
+        return contextlib.nullcontext()
+
     def close(self): ...
 
     def abort(self, reason):
@@ -233,3 +241,94 @@ def test_two_names_of_one_tensor_are_two_destinations():
         device="cpu",
     )
     assert torch.equal(tied, GOOD[1])
+
+
+@pytest.mark.parametrize("item", [5, None, ("w",), ("w", 1, 2)])
+def test_an_item_of_another_form_is_refused_by_position(item):
+    with pytest.raises(ManifestError, match=r"item 0 .*expected \(name, tensor\)"):
+        broadcast_producer([item], RecordingGroup())
+    with pytest.raises(ManifestError, match=r"item 0 .*expected \(name, \(shape, dtype\)\)"):
+        broadcast_consumer([item], RecordingGroup(), device="cpu")
+
+
+def test_a_numpy_array_with_negative_strides_is_refused_not_fatal():
+    with pytest.raises(TensorError, match="'w'.*negative strides"):
+        broadcast_producer([("w", np.arange(4.0)[::-1])], RecordingGroup())
+
+
+def test_a_read_only_destination_is_refused_by_name():
+    with pytest.raises(TensorError, match="'w'.*read-only"):
+        TensorTarget({"w": np.frombuffer(b"12345678", dtype=np.float32)})
+
+
+def test_a_destination_that_overlaps_itself_is_refused_by_name():
+    with pytest.raises(TensorError, match="'w'.*share memory"):
+        TensorTarget({"w": torch.zeros(3, 1).expand(3, 4)})
+
+
+def test_destinations_on_another_device_are_refused_before_any_byte():
+    class MetaTarget:
+        def check(self, manifest): ...
+        def destination(self, name, dtype, shape):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def finish(self, received): ...
+
+    group = RecordingGroup()
+    manifest = Manifest.from_tensors({"a": torch.ones(2), "b": torch.ones(2)})
+    with pytest.raises(TensorError, match="'a'"):
+        broadcast_consumer(manifest, group, 0, MetaTarget(), device="cpu")
+    assert group.sent == []
+
+
+def test_a_group_that_vllm_has_disabled_is_refused():
+    class Disabled(RecordingGroup):
+        disabled = True
+
+    with pytest.raises(ArgumentError, match="disabled"):
+        broadcast_producer([GOOD], Disabled())
+
+
+def test_a_group_attribute_of_a_foreign_group_means_nothing():
+    class Foreign(RecordingGroup):
+        group = object()
+        start_broadcast = None
+
+    group = Foreign()
+    large = [(str(i), torch.full((1 << 18,), float(i))) for i in range(3)]
+    broadcast_producer(large, group, wire_format="native")
+    assert [len(chunk) for chunk in group.sent] == [1 << 20] * 3
+
+
+def test_a_target_whose_destinations_move_is_asked_every_time():
+    class DoubleBuffered:
+        def __init__(self):
+            self.live, self.next = torch.zeros(4), torch.zeros(4)
+
+        def check(self, manifest): ...
+        def destination(self, name, dtype, shape):
+            return self.next
+
+        def finish(self, received):
+            assert received == {"good"}
+            self.live, self.next = self.next, self.live
+
+    sent = RecordingGroup()
+    for value in (1.0, 2.0, 3.0):
+        broadcast_producer([("good", torch.full((4,), value))], sent)
+    target = DoubleBuffered()
+    group = ReplayingGroup(sent.sent)
+    manifest = Manifest.from_tensors({"good": target.live})
+    for value in (1.0, 2.0, 3.0):
+        broadcast_consumer(manifest, group, 0, target, device="cpu")
+        assert target.live.tolist() == [value] * 4
+
+
+def test_a_kept_plan_still_reports_what_was_not_sent():
+    tensors = {"good": torch.zeros(4), "forgotten": torch.zeros(2)}
+    manifest = Manifest.from_tensors({"good": torch.zeros(4)})
+    target = TensorTarget(tensors)
+    group = RecordingGroup()
+    for _ in range(2):
+        with pytest.raises(ManifestError, match="'forgotten' is not sent"):
+            broadcast_consumer(manifest, group, 0, target, device="cpu")

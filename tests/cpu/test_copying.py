@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import threading
 
 import numpy as np
@@ -78,6 +81,37 @@ def test_two_threads_may_copy_at_the_same_time():
     for worker in workers:
         worker.join()
     assert all(torch.equal(a, b) for a, b in zip(sources, copies, strict=True))
+
+
+def test_many_short_parallel_copies_leave_no_worker_behind():
+    source = random_bits((600 << 10,), torch.uint8)
+    copies = [torch.empty_like(source) for _ in range(8)]
+    plans = [CopyPlan([(source, copy)], threads=4) for copy in copies]
+    for number in range(300):
+        copy = copies[number % 8]
+        copy.zero_()
+        plans[number % 8].run()
+        assert torch.equal(source, copy)
+
+
+def test_a_forked_child_copies_with_threads_of_its_own():
+    source = random_bits((8 << 20,), torch.uint8)
+    copy = torch.zeros_like(source)
+    plan = CopyPlan([(source, copy)], threads=2)
+    other = CopyPlan([(copy, torch.empty_like(source))], threads=2)
+    other.run()  # the parent's pool has threads now
+    child = os.fork()
+    if child == 0:
+        # No torch operation here: its own threads don't survive a fork.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        plan.run()
+        same = ctypes.string_at(source.data_ptr(), 8 << 20) == ctypes.string_at(
+            copy.data_ptr(), 8 << 20
+        )
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_odd_tensors_round_trip_through_a_buffer():

@@ -1,4 +1,4 @@
-"""Addresses, the listener, and how ranks meet. Ranks are threads here."""
+"""How ranks meet. Ranks are threads here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from packedcomm.errors import (
     ProtocolError,
     RemoteError,
     RendezvousTimeout,
-    SessionStateError,
     VersionMismatch,
 )
 from tests.helpers.ranks import AddressBox, run_ranks
@@ -65,93 +64,6 @@ def _meet_all(ranks, world_size, /, timeout_s=10.0, **said):
     # Whatever happened, the port is free again.
     Listener.bind(listener.address).close()
     return results
-
-
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [
-        ("127.0.0.1:80", "127.0.0.1", 80),
-        ("node-1.cluster:65535", "node-1.cluster", 65535),
-        ("[::1]:0", "::1", 0),
-        ("[fe80::1%eth0]:5", "fe80::1%eth0", 5),
-    ],
-)
-def test_an_address_is_parsed_and_written_back(text, host, port):
-    address = Address.parse(text)
-    assert (address.host, address.port, str(address)) == (host, port, text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        ":",
-        "host",
-        "host:",
-        ":80",
-        "host:port",
-        "host:-1",
-        "host:65536",
-        "host:8 0",
-        "host:٣",
-        "::1:80",
-        "[::1]",
-        "[::1]80",
-        "[host]:80",
-        "[]:80",
-        "tcp://host:80",
-        "user@host:80",
-        "ho st:80",
-        None,
-        80,
-    ],
-)
-def test_a_malformed_address_is_refused_and_quoted(text):
-    with pytest.raises(ArgumentError) as raised:
-        Address.parse(text)
-    assert repr(text) in str(raised.value)
-
-
-def test_a_listener_holds_the_port_that_the_system_chose():
-    with Listener.bind("127.0.0.1:0") as listener:
-        assert ("127.0.0.1", listener.port) in _listening()
-        assert listener.address == f"127.0.0.1:{listener.port}"
-        with pytest.raises(AddressInUse, match=listener.address):
-            Listener.bind(listener.address)
-    listener.close()
-    assert listener.closed
-    Listener.bind(listener.address).close()
-
-
-def test_a_listener_takes_ipv6_in_brackets():
-    with Listener.bind("[::1]:0") as listener:
-        assert listener.address == f"[::1]:{listener.port}"
-        assert ("::1", listener.port) in _listening()
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
-def test_every_interface_is_listened_on_only_by_its_own_name(host):
-    with Listener.bind(f"{host}:0") as listener:
-        assert (host.strip("[]"), listener.port) in _listening()
-
-
-@pytest.mark.parametrize("host", ["0", "0x0", "00.0.0.0", "[::ffff:0.0.0.0]", "[0:0::0]"])
-def test_other_spellings_of_every_interface_are_refused(host):
-    with pytest.raises(ArgumentError, match=r"every interface|can't listen"):
-        Listener.bind(f"{host}:0")
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-def test_an_address_that_is_not_this_machines_is_refused(host):
-    with pytest.raises(ArgumentError, match=host):
-        Listener.bind(f"{host}:0")
-
-
-def test_a_used_listener_is_closed():
-    listener = Listener.bind("127.0.0.1:0")
-    socket.socket(fileno=listener.detach()).close()
-    with pytest.raises(SessionStateError, match=listener.address):
-        listener.detach()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -315,6 +227,54 @@ def test_two_processes_with_one_rank_are_a_mismatch_on_every_rank():
         assert f"process {os.getpid()} on {socket.gethostname()}" in str(result)
 
 
+def _claim_rank_1_twice(address, pool, world_size):
+    """Two processes claim rank 1 and both have failed when this returns."""
+    claims = [pool.submit(_meet, address, 1, world_size) for _ in range(2)]
+    for claim in claims:
+        assert isinstance(claim.exception(), ConfigMismatch)
+
+
+def test_a_rank_that_comes_just_after_a_failure_learns_of_it():
+    with Listener.bind("127.0.0.1:0") as listener, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(_meet, listener, 0, 3)
+        _claim_rank_1_twice(listener.address, pool, 3)
+        time.sleep(0.3)
+        with pytest.raises(ConfigMismatch, match="rank 1 is claimed twice"):
+            _meet(listener.address, 2, 3)
+        assert isinstance(first.exception(), ConfigMismatch)
+
+
+def test_a_rank_that_is_slow_to_look_learns_of_a_failure():
+    everyone_came = threading.Event()
+
+    def message():
+        everyone_came.set()
+        time.sleep(0.5)
+        raise ValueError("not the first failure")
+
+    with Listener.bind("127.0.0.1:0") as listener, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(_meet, listener, 0, 3, message=message)
+
+        def slow():
+            with Rendezvous(listener.address, 2, 3, 10.0) as rendezvous:
+                get = rendezvous.store.get
+
+                def get_slowly(key):
+                    time.sleep(0.4)
+                    return get(key)
+
+                rendezvous.store.get = get_slowly
+                rendezvous.agree("test", "cpu")
+
+        slowly = pool.submit(slow)
+        once = pool.submit(_meet, listener.address, 1, 3)
+        assert everyone_came.wait(5.0)
+        for again in (lambda: _meet(listener.address, 1, 3), once.result, slowly.result):
+            with pytest.raises(ConfigMismatch, match="rank 1 is claimed twice"):
+                again()
+        assert isinstance(first.exception(), ValueError)
+
+
 def test_different_world_sizes_are_a_mismatch_on_every_rank():
     results = _meet_all([0, 1, 2], 3, world_size=[3, 3, 4])
     for result in results:
@@ -370,12 +330,15 @@ def test_arguments_are_checked_before_anything_is_opened():
             (listener, 1, 2, 1.0),
             ("127.0.0.1:1", 2, 2, 1.0),
             ("127.0.0.1:1", 0, 0, 1.0),
-            ("127.0.0.1:1", 1, 2, 0.0),
             ("nonsense", 1, 2, 1.0),
         ):
             with pytest.raises(ArgumentError):
                 Rendezvous(address, rank, world_size, timeout_s)
     assert _listening() <= before
+
+
+def test_the_longest_timeout_can_be_waited_for():
+    assert _meet_all([0, 1], 2, timeout_s=1e7) == [b"", b""]
 
 
 def test_a_taken_address_is_named():

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packedcomm import Manifest, TensorTarget, broadcast_consumer, broadcast_producer
+from packedcomm import (
+    Manifest,
+    TensorTarget,
+    broadcast_consumer,
+    broadcast_producer,
+    release_buffers,
+)
+from packedcomm.planning.chunks import chunk_rule
 from tests.helpers.groups import RecordingGroup, ReplayingGroup
 from tests.helpers.tensors import content, odd_tensors, random_bits, strided_layouts, view_of
 from tests.helpers.vllm_peer import load_packed_tensor
@@ -28,6 +35,10 @@ VECTOR_DIGESTS = [
     "54e4cd91f7511bce9b47048081fe1a40936a39d2c982062fc6fe6cfba3970693",
     "ea5cee6652aa7ffac53872b3a1cf2b33cdac4baa0f37b2cb81a2ba3f1c2d4556",
 ]
+NATIVE_DIGESTS = [
+    "387e0848ac2e9d66ccbd9c437b22f143b635ddd0d154e48601cfa6b9b9bdf94b",
+    "ea5cee6652aa7ffac53872b3a1cf2b33cdac4baa0f37b2cb81a2ba3f1c2d4556",
+]
 NAMED = st.lists(strided_layouts(), min_size=1, max_size=12)
 
 
@@ -41,6 +52,36 @@ def receive(sent, manifest, receiver, **options) -> None:
     group = ReplayingGroup(sent)
     broadcast_consumer(manifest, group, 0, receiver, device="cpu", **options)
     assert group.unread == 0
+
+
+NATIVE_SIZES = [(1 << 20) - 1, 1 << 20, 5, *[1 << 20] * 65, 48, 16, 1]
+
+
+def test_the_native_formats_constants_are_pinned():
+    # 1 MiB is direct; 64 tensors make a group; B is filled to the last byte, tensors start at 16.
+    chunks = list(chunk_rule("native", (1 << 20) + 16 + 48 + 16)(NATIVE_SIZES))
+    assert [(c.direct, len(c.indices), c.nbytes) for c in chunks] == [
+        (True, 64, 64 << 20),
+        (False, 4, (1 << 20) + 80),
+        (True, 2, 2 << 20),
+        (False, 1, 1),
+    ]
+    assert list(chunks[1].offsets) == [0, 1 << 20, (1 << 20) + 16, (1 << 20) + 64]
+    (group,) = chunk_rule("native", 1 << 40)([256 << 20, 256 << 20])
+    assert group.nbytes == 512 << 20
+    assert len(list(chunk_rule("native", 1 << 40)([512 << 20, 1 << 20]))) == 2
+
+
+def test_the_native_vector():
+    sent = send(VECTOR, buffer_size_bytes=256, wire_format="native")
+    assert [len(chunk) for chunk in sent] == [240, 69]
+    # Padding has no defined value.
+    padding = [(24, 32), (44, 48), (64, 64), (68, 80)]
+    clean = bytearray(sent[0])
+    for begin, end in padding:
+        clean[begin:end] = bytes(end - begin)
+    digests = [hashlib.sha256(chunk).hexdigest() for chunk in (clean, sent[1])]
+    assert digests == NATIVE_DIGESTS
 
 
 def test_the_published_vector():
@@ -183,3 +224,57 @@ def test_a_slot_that_nobody_keeps_is_used_again():
         buffer_size_bytes=400,
     )
     assert len(addresses) == 2
+
+
+def test_a_slot_grows_when_a_chunk_is_a_little_larger_than_the_last():
+    for sizes in ([2 << 20, (2 << 20) + 64], [(2 << 20) + 1, 4 << 20, (4 << 20) + 1]):
+        # Two tensors a chunk, so that a slot is needed.
+        tensors = {
+            f"{i}.{part}": random_bits((size,), torch.uint8, i)
+            for i, total in enumerate(sizes)
+            for part, size in (("a", 1), ("b", total - 1))
+        }
+        sent = send(tensors.items(), buffer_size_bytes=1 << 20, num_buffers=1)
+        received = {}
+        receive(
+            sent,
+            Manifest.from_tensors(tensors),
+            lambda items, received=received: received.update({n: t.clone() for n, t in items}),
+            buffer_size_bytes=1 << 20,
+            num_buffers=1,
+        )
+        assert all(torch.equal(received[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_second_transfer_over_a_group_allocates_nothing():
+    addresses = []
+
+    class Group:
+        def broadcast(self, tensor, src):
+            addresses.append(tensor.data_ptr())
+
+    group = Group()
+    tensors = {str(i): torch.ones(100) for i in range(8)}
+    for _ in range(2):
+        broadcast_producer(tensors.items(), group, buffer_size_bytes=700)
+    assert addresses[:4] == addresses[4:]
+    assert len(set(addresses)) == 2
+    release_buffers(group)
+    kept = torch.ones(1 << 20)  # what was freed may be taken by somebody else
+    broadcast_producer(tensors.items(), group, buffer_size_bytes=700)
+    assert kept.sum() == 1 << 20
+
+
+def test_slots_made_in_inference_mode_serve_outside_of_it():
+    tensors = {str(i): random_bits((50,), torch.float32, i) for i in range(4)}
+    sent = send(tensors.items(), buffer_size_bytes=300)
+    group = ReplayingGroup(sent + sent)
+    for inference in (True, False):
+        received = {}
+        with torch.inference_mode(inference):
+            broadcast_consumer(
+                Manifest.from_tensors(tensors), group, 0, received.update, 300, 2, "cpu"
+            )
+            assert {n: content(t) for n, t in received.items()} == {
+                n: content(t) for n, t in tensors.items()
+            }

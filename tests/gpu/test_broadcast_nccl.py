@@ -50,6 +50,14 @@ def test_slow_producers_and_consumers_and_sources_changed_after_the_return():
 
 
 @pytest.mark.gpu(2)
+def test_a_late_last_tensor_is_there_on_return_and_reused_memory_is_sent_before():
+    results = run_ranks(
+        scenarios.late_and_reused, 2, "nccl", AddressBox(2), {"buffer_size_bytes": 1 << 20}
+    )
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu(2)
 def test_two_groups_at_once_in_opposite_directions():
     boxes = (AddressBox(2), AddressBox(2))
     results = run_ranks(scenarios.two_groups_at_once, 2, "nccl", boxes)

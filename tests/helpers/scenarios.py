@@ -174,6 +174,33 @@ def slow_sides(rank: int, world_size: int, backend: str, box: AddressBox) -> dic
         return digests(target)
 
 
+def late_and_reused(
+    rank: int, world_size: int, backend: str, box: AddressBox, options: dict[str, Any]
+) -> list[float]:
+    """Tensors that go out from their own memory: the last one comes late, and each is overwritten
+    with the next one's values as soon as the iterator is resumed."""
+    device = device_of(backend, rank)
+    count, size = 5, 1 << 20
+    metadata = [(str(i), ((size,), "float32")) for i in range(count)]
+    with connect(backend, box, rank, world_size) as group:
+        if rank == 0:
+            buffer = torch.empty(size, device=device)
+
+            def reusing() -> Iterator[tuple[str, torch.Tensor]]:
+                for i in range(count):
+                    if i == count - 1:
+                        time.sleep(0.3)
+                    yield str(i), buffer.fill_(float(i))
+
+            broadcast_producer(reusing(), group, **options)
+            return [float(i) for i in range(count)]
+        received = {name: torch.full((size,), -1.0, device=device) for name, _ in metadata}
+        broadcast_consumer(metadata, group, 0, TensorTarget(received), device=device, **options)
+        for tensor in received.values():
+            assert tensor.min() == tensor.max()
+        return [tensor[0].item() for tensor in received.values()]
+
+
 def delay(device: torch.device) -> None:
     """Hold up the current stream, or the thread on a CPU."""
     if device.type == "cuda":

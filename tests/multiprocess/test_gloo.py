@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 import torch
 
+from packedcomm import GlooCommunicator
 from packedcomm.communicators.gloo_transfers import broadcast_tree
+from packedcomm.communicators.listener import Listener
 from packedcomm.errors import ArgumentError, SessionStateError, TensorError
 from tests.helpers.operations import (
     DTYPES,
@@ -147,6 +150,85 @@ def _two_groups(rank, world_size, boxes):
 def test_two_groups_work_at_once():
     boxes = (AddressBox(2), AddressBox(2))
     assert run_ranks(_two_groups, 2, boxes) == [[1990.0, 1991.0]] * 2
+
+
+def _connect_at_once(rank, world_size, boxes, rounds):
+    """What is left of three groups, connected by three threads, when one is closed, one aborted."""
+    seen = []
+    for _ in range(rounds):
+        endpoints = [box.endpoint(rank) for box in boxes]
+        groups = [None] * len(boxes)
+
+        def work(index, endpoints=endpoints, groups=groups):
+            groups[index] = GlooCommunicator.connect(
+                endpoints[index], rank, world_size, timeout_s=20
+            )
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(boxes))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tensor = torch.ones(3)
+        seen.append([len(group._sockets._sockets) for group in groups])
+        groups[0].close()
+        seen.append(raised(lambda g=groups[1], t=tensor: g.all_reduce(t))[0])
+        # Every rank has its sum before any rank cuts.
+        groups[2].all_reduce(tensor)
+        groups[1].abort("enough")
+        seen.append(raised(lambda g=groups[2], t=tensor: g.all_reduce(t))[0])
+        seen.append(tensor.tolist())
+        for group in groups:
+            group.close()
+    return seen
+
+
+def test_groups_that_are_connected_at_once_do_not_share_connections():
+    boxes = [AddressBox(2) for _ in range(3)]
+    for seen in run_ranks(_connect_at_once, 2, boxes, 5):
+        assert seen == [[1, 1, 1], None, None, [8.0] * 3] * 5
+
+
+def _ranks_of_one_process(rank, world_size):
+    with Listener.bind("127.0.0.1:0") as listener, ThreadPoolExecutor(2) as pool:
+        ends = [listener, listener.address]
+        groups = list(pool.map(lambda r: GlooCommunicator.connect(ends[r], r, 2), range(2)))
+        owners = [[peer.rank for peer in group._sockets._sockets] for group in groups]
+        for group in groups:
+            group.close()
+    return owners
+
+
+def test_two_ranks_in_one_process_have_one_end_each():
+    assert run_ranks(_ranks_of_one_process, 1) == [[[1], [0]]]
+
+
+def _beside_other_listeners(rank, world_size, box):
+    """Another thread keeps opening listening sockets while Gloo begins to listen."""
+    stop = threading.Event()
+
+    def listen():
+        while not stop.is_set():
+            with Listener.bind("127.0.0.1:0"):
+                time.sleep(0.0005)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        owners = []
+        for _ in range(20):
+            with connect(box, rank, world_size) as communicator:
+                owners.append([peer.rank for peer in communicator._sockets._sockets])
+                communicator.all_reduce(torch.zeros(1))
+    finally:
+        stop.set()
+        thread.join()
+    return owners
+
+
+def test_other_listening_sockets_are_not_taken_for_gloos():
+    results = run_ranks(_beside_other_listeners, 2, AddressBox(2))
+    assert results == [[[1]] * 20, [[0]] * 20]
 
 
 def _beside_a_default_group(rank, world_size, box, store):
