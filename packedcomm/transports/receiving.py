@@ -24,6 +24,9 @@ from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
 
 __all__ = ["Receiving", "Target"]
 
+# Plans kept for a target and a group: a full sync and a few partial ones, in either format.
+_KEPT_PLANS = 8
+
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
 
@@ -180,7 +183,8 @@ class Receiving:
             chunks = list(self._destine(manifest, target))
             for destined in chunks:
                 describe_tensors(destined.tensors, self._pipeline.device, destined.names)
-            kept.clear()
+            if len(kept) >= _KEPT_PLANS:
+                del kept[next(iter(kept))]
             kept[key] = TargetPlan(chunks, self._seen)
         return kept[key]
 
