@@ -45,7 +45,8 @@ def render_tables(results: Sequence[Result]) -> str:
     parts = [
         "GB/s of payload (10⁹ bytes), median; every way's result was compared bit by bit in the "
         "same run. packedcomm and tuned vLLM are shown at the fastest of the chunk sizes tried, "
-        "vLLM packed at its default of 1 GiB."
+        "packedcomm's ratios take the faster of its two formats, vLLM packed is at its default of "
+        "1 GiB. One receiver means two GPUs or processes; p95 is in the JSON."
     ]
     for result in results:
         parts.append(f"### {result.title}\n\n{result.details}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +137,21 @@ class Batch:
                 transfer.wait_out()
 
 
+# Threads that nobody has stopped. A daemon thread that is still there when the interpreter ends can
+# take the whole process down from inside torch, so they are stopped before.
+_RUNNING: weakref.WeakSet[TransferThread] = weakref.WeakSet()
+
+AT_EXIT_S = 1.0
+
+
+def _stop_all() -> None:
+    for thread in list(_RUNNING):
+        thread.stop(AT_EXIT_S)
+
+
+atexit.register(_stop_all)
+
+
 class TransferThread:
     """One daemon thread that runs batches in order.
 
@@ -150,6 +167,7 @@ class TransferThread:
             target=self._run, args=(group,), name="packedcomm-gloo", daemon=True
         )
         self._thread.start()
+        _RUNNING.add(self)
 
     def start(self, transfers: Sequence[Transfer]) -> Batch:
         """Start transfers together."""
