@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from packedcomm.errors import ArgumentError, CapacityError, TensorError
 
 __all__ = [
     "CopyPlan",
+    "Part",
     "as_destination",
     "as_tensor",
     "contiguous_copy",
@@ -27,6 +29,25 @@ __all__ = [
     "pack_into",
     "unpack_from",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a named tensor, and the memory that holds it.
+
+    A source describes a tensor by the parts it is put together from, a target by the parts it is
+    taken apart into. Where the dtypes of memory and tensor differ, values are cast.
+    """
+
+    tensor: torch.Tensor
+    """View of the memory: the box's shape, as many dimensions as the named tensor, any strides."""
+
+    offset: tuple[int, ...] | None = None
+    """Index in the named tensor of the box's first element; None if this is all of it."""
+
+    scale: float = 1.0
+    """Factor for values on their way between memory and named tensor, in either direction; 1 leaves
+    bytes as they are."""
 
 
 class Names(Protocol):

