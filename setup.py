@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 # sm_80, sm_90 and sm_100 in machine code, and the newest as PTX for what comes after.
 WANTED_ARCHITECTURES = (80, 90, 100)
-HOST_FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
+HOST_FLAGS = ["-O3", "-fno-trapping-math", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 
 def find_nvcc() -> str | None:

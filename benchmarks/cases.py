@@ -9,7 +9,7 @@ from typing import Any
 from packedcomm.manifest import Manifest, TensorSpec
 from packedcomm.planning.model_shapes import model_shape
 
-__all__ = ["CASES", "Case", "load_case", "parse_size"]
+__all__ = ["CASES", "EXPERTS", "TINY_EXPERTS", "Case", "load_case", "parse_size", "tiny_experts"]
 
 CASES = (
     "llama-3-8b-lora-r16",
@@ -19,6 +19,9 @@ CASES = (
     "minilm",
 )
 """Names of `model_shapes`, most important first: that is the order in which they are run."""
+
+EXPERTS = "qwen3-30b-a3b-experts"
+TINY_EXPERTS = f"{EXPERTS}-tiny"
 
 _Part = tuple[int, int]
 """What is dropped as a whole: (layer, expert), or (layer, -1) for what is in no expert."""
@@ -99,6 +102,18 @@ def load_case(name: str, *, max_bytes: int | None = None, scale: float = 1.0) ->
         kept_parts.add(part)
     kept = Manifest(spec for spec in model.specs if _part_of(spec) in kept_parts)
     return Case(name, kept, len(model), model.nbytes)
+
+
+def tiny_experts() -> Case:
+    """All of `EXPERTS`' tensors under their names, each cut down to 256 bytes.
+
+    On a CPU a copy's bytes are the host's time too: of tensors this small it is next to nothing.
+    """
+    model = model_shape(EXPERTS)
+    smallest = min(min(spec.shape) for spec in model.specs)
+    shapes = {spec.shape: tuple(8 if n == smallest else 16 for n in spec.shape) for spec in model.specs}
+    tiny = Manifest(TensorSpec(s.name, s.dtype, shapes[s.shape]) for s in model.specs)
+    return Case(TINY_EXPERTS, tiny, len(model), model.nbytes)
 
 
 def parse_size(text: str) -> int:

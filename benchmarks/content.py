@@ -40,9 +40,9 @@ class Content:
         self._device = device
         self._pool = words.view(torch.uint8)[:_POOL_BYTES].to(device)
 
-    def write(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Fill tensor i of the sequence with content i."""
-        for index, tensor in enumerate(tensors):
+    def write(self, tensors: Sequence[torch.Tensor], first: int = 0) -> None:
+        """Fill tensor i of the sequence with content `first` + i."""
+        for index, tensor in enumerate(tensors, first):
             for piece, expected in self._pieces(index, tensor):
                 piece.copy_(expected)
 

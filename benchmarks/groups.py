@@ -13,12 +13,15 @@ import torch
 import torch.distributed
 
 from benchmarks.world import World
+from packedcomm import Session
 from packedcomm.communicators import GlooCommunicator, Listener, NcclCommunicator
 from packedcomm.communicators.base import Communicator
+from packedcomm.session import ReceiverSession, SenderSession
 
-__all__ = ["PeerGroup", "connect_packedcomm", "connect_peers"]
+__all__ = ["PeerGroup", "connect_packedcomm", "connect_peers", "connect_session"]
 
 _TIMEOUT_S = 120.0
+_SECRET = "known to every rank of a benchmark"
 
 
 class PeerGroup(Protocol):
@@ -107,3 +110,15 @@ def connect_packedcomm(world: World) -> Communicator:
     return GlooCommunicator.connect(
         listener or address, world.rank, world.size, timeout_s=_TIMEOUT_S
     )
+
+
+def connect_session(world: World) -> SenderSession | ReceiverSession:
+    """A session of all ranks of the world; rank 0 sends."""
+    if world.rank == 0:
+        sender = Session.listen(
+            "127.0.0.1:0", receivers=world.size - 1, secret=_SECRET, device=world.device
+        )
+        world.from_root(lambda: sender.address)
+        return sender.wait()
+    address = world.from_root(lambda: None)
+    return Session.connect(address, secret=_SECRET, device=world.device)

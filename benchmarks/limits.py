@@ -8,19 +8,27 @@ from benchmarks.measure import Row
 
 __all__ = ["fill_limits"]
 
+_LIMITS = {
+    "pack": "memcpy",
+    "apply": "memcpy",
+    "cast": "memcpy",
+    "digest": "memcpy",
+    "broadcast": "raw broadcast",
+    "sync": "bare broadcast",
+}
+
 
 def fill_limits(rows: Sequence[Row], link: Row | None) -> None:
     """Set the limit and the fraction of it in the rows of one case in one world.
 
-    Packing is limited by the fastest plain copy of the same bytes, a broadcast by one raw broadcast
-    of the same bytes, and that one by the link between two GPUs where it was measured.
+    A pass over memory is limited by the fastest plain copy of the same bytes (where reading and
+    writing are counted apart, of as many altogether), a broadcast by one raw broadcast of the same
+    bytes, that one by the link between two GPUs where it was measured, and a sync by the bare
+    broadcast of the same tensors.
     """
     for row in rows:
-        if row["suite"] == "broadcast":
-            family = "raw broadcast"
-        elif row["suite"] in ("pack", "apply"):
-            family = "memcpy"
-        else:
+        family = _LIMITS.get(row["suite"])
+        if family is None:
             continue
         limit = max(
             (

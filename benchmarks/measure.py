@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,12 @@ class Transfer:
     """What the way is one variant of; reports show a family's best."""
     receives: bool = True
     """False where this rank's memory is the source, which must not be poisoned."""
+    checked_run: Callable[[], Any] | None = None
+    """What a check runs, where timed runs leave out bringing the true bytes; None is `run`."""
+    count_wrong: Callable[[], int] | None = None
+    """Counts what isn't as it must be, where that isn't content 0, 1, 2, ... in `delivered`."""
+    stages: Callable[[], Mapping[str, float]] | None = None
+    """Seconds by stage of the last run, on rank 0."""
 
 
 @dataclass(slots=True)
@@ -51,6 +58,9 @@ class Measurement:
 
     family: str
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
+    """Until the call returned on rank 0, which on a GPU can be long before the work is done."""
+    stages: list[Mapping[str, float]] = field(default_factory=list)
     wrong: int = 0
     """Bytes that differed from the reference, over all ranks and both checks."""
 
@@ -86,11 +96,25 @@ def measure(
     def check(name: str, transfer: Transfer) -> None:
         if transfer.receives:
             poison(transfer.delivered())
-        world.timed(transfer.run)
+        world.timed(transfer.checked_run or transfer.run)
         delivered = transfer.delivered()
         if name == corrupt and world.rank == world.size - 1:
             as_bytes(delivered[-1])[-1] ^= 1
-        results[name].wrong += world.total(content.count_wrong(delivered))
+        count = transfer.count_wrong
+        wrong = content.count_wrong(delivered) if count is None else count()
+        results[name].wrong += world.total(wrong)
+
+    def run_once(name: str, transfer: Transfer) -> None:
+        result = results[name]
+
+        def run() -> None:
+            begin = time.perf_counter()
+            transfer.run()
+            result.host_seconds.append(time.perf_counter() - begin)
+
+        result.seconds.append(timed(run))
+        if transfer.stages is not None:
+            result.stages.append(transfer.stages())
 
     for name, transfer in transfers.items():
         world.progress(name)
@@ -105,7 +129,7 @@ def measure(
             if slow and len(seconds) >= _MIN_REPEATS:
                 continue
             world.progress(name)
-            seconds.append(timed(transfers[name].run))
+            run_once(name, transfers[name])
     for name, transfer in transfers.items():
         world.progress(name)
         check(name, transfer)
@@ -115,10 +139,27 @@ def measure(
 
 
 def row(
-    suite: str, case: str, world_size: int, tensors: int, nbytes: int, way: str, result: Measurement
+    suite: str,
+    case: str,
+    world_size: int,
+    tensors: int,
+    nbytes: int,
+    way: str,
+    result: Measurement,
+    **details: Any,
 ) -> Row:
-    """A result as a line of the JSON; the limit's columns are filled in once all ways are known."""
+    """A result as a line of the JSON; the limit's columns are filled in once all ways are known.
+
+    Args:
+        nbytes: what the speed is counted in.
+        details: what only this suite has.
+    """
     median = statistics.median(result.seconds)
+    if result.stages:
+        details["stages_us"] = {
+            stage: round(statistics.median(run.get(stage, 0.0) for run in result.stages) * 1e6, 2)
+            for stage in result.stages[-1]
+        }
     speed = gigabytes_per_second(nbytes, median)
     return {
         "suite": suite,
@@ -130,6 +171,7 @@ def row(
         "nbytes": nbytes,
         "median_us": round(median * 1e6, 2),
         "p95_us": round(percentile_95(result.seconds) * 1e6, 2),
+        "host_us": round(statistics.median(result.host_seconds or result.seconds) * 1e6, 2),
         "algbw_gb_s": round(speed, 3),
         # As nccl-tests define it: a broadcast's bus bandwidth is its algorithm bandwidth. Copies on
         # one device have none.
@@ -138,6 +180,7 @@ def row(
         "fraction_of_limit": None,
         "repeats": len(result.seconds),
         "wrong": result.wrong,
+        "details": details,
     }
 
 

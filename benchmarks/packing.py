@@ -1,16 +1,15 @@
-"""The packing suite on one device: many tensors into one buffer and back, and plain copies."""
+"""The packing suite on one device: many tensors into one buffer and back, and their digests."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.content import Content
 from benchmarks.measure import Transfer, measure, row
+from benchmarks.memory_passes import digest_ways, plain_copies
 from benchmarks.world import World
 from packedcomm.copying import CopyPlan, pack
 
@@ -27,7 +26,7 @@ def packing_suite(
     threads: int,
     corrupt: str | None,
 ) -> None:
-    """Measure packing and unpacking of every case and report `(case name, rows)` after each.
+    """Measure packing, unpacking and digests of every case and report `(case name, rows)` after each.
 
     Args:
         excluded: by case, the ways that ended an earlier world.
@@ -45,7 +44,7 @@ def packing_suite(
         # A second buffer, since a plain copy needs a source as large as what is packed.
         flat = torch.empty_like(packed)
         rows = []
-        for suite, make in (("pack", _pack_ways), ("apply", _apply_ways)):
+        for suite, make in (("pack", _pack_ways), ("apply", _apply_ways), ("digest", digest_ways)):
             prepared = make(tensors, packed, flat, threads, content)
             skipped = excluded.get(case.name, frozenset())
             transfers = {name: way for name, way in prepared.items() if name not in skipped}
@@ -117,7 +116,7 @@ def _pack_ways(
         ),
         "packedcomm pack": into_packed(lambda: pack(tensors, packed), "packedcomm pack"),
         "packedcomm CopyPlan": into_packed(plan.run, "packedcomm CopyPlan"),
-        **_plain_copies(tensors, flat, packed, threads),
+        **plain_copies(flat, packed, pieces, threads),
     }
 
 
@@ -148,32 +147,6 @@ def _apply_ways(
             lambda: torch._foreach_copy_(integer_destinations, integer_sources), "foreach"
         ),
         "packedcomm CopyPlan": into_tensors(plan.run, "packedcomm CopyPlan"),
-        **_plain_copies(tensors, packed, flat, threads),
+        **plain_copies(packed, flat, _slices(flat, tensors), threads),
     }
 
-
-def _plain_copies(
-    tensors: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor, threads: int
-) -> dict[str, Transfer]:
-    """One copy of the same bytes: torch's, and on a CPU also C's memmove, a slice per thread."""
-    pieces = _slices(destination, tensors)
-
-    def plain(run: Callable[[], object]) -> Transfer:
-        return Transfer(run, lambda: pieces, "memcpy")
-
-    ways = {"memcpy (copy_)": plain(lambda: destination.copy_(source))}
-    if source.device.type == "cpu":
-        pool = ThreadPoolExecutor(threads)
-        step = -(-source.nbytes // threads)
-
-        def move(start: int) -> None:
-            # ctypes gives the GIL back while the foreign function runs.
-            ctypes.memmove(
-                destination.data_ptr() + start,
-                source.data_ptr() + start,
-                min(step, source.nbytes - start),
-            )
-
-        starts = range(0, source.nbytes, step)
-        ways["memcpy (threads)"] = plain(lambda: list(pool.map(move, starts)))
-    return ways

@@ -7,6 +7,7 @@ namespace packedcomm {
 
 void register_errors(pybind11::module_& module);
 void register_copy(pybind11::module_& module);
+void register_digest(pybind11::module_& module);
 void register_nccl(pybind11::module_& module);
 
 }  // namespace packedcomm

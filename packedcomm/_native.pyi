@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from packedcomm.copying import Names
+from packedcomm.copying.tables import Names
 
 # --- NCCL ---
 
@@ -85,34 +85,86 @@ class NcclHandle:
 cuda_architectures: str
 """GPU architectures that the copy kernel was compiled for; empty when built without CUDA."""
 
-class CopyTable:
-    """Copies between tensors of one device, normalised and tiled. Built by one thread."""
+class TensorRecord:
+    """What tensors were when something was planned for them: address, dtype, shape, strides and
+    device of each, without references.
 
-    def __init__(self, device_type: str, device_index: int, tile_bytes: int) -> None: ...
+    Raises:
+        TensorError: a tensor has no dense memory of its own; the message gives its position.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None: ...
+    def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Index of the first tensor that isn't what it was, or -1. As many tensors as were
+        recorded, else ArgumentError."""
+
+class DigestTable:
+    """Digests of tensors of one device. Built by one thread."""
+
+    def __init__(self, device_type: str, device_index: int) -> None: ...
+    def add(self, tensors: list[torch.Tensor], names: Names | None) -> None: ...
+    def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
+        """As `TensorRecord.first_change`."""
+
+    def compute(self, digests: int, threads: int) -> None:
+        """Write the digests, 8 bytes each, to this address."""
+
+    def write(self, address: int, capacity: int) -> None: ...
+    def launch(self, table_address: int, stream: int, digests: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...
+
+class CopyTable:
+    """Copies between tensors of one device, normalised and tiled. Built by one thread.
+
+    With `buffer_side` "source" or "destination", copies between a buffer and tensors: the buffer's
+    address is given when the table is run.
+    """
+
+    def __init__(
+        self, device_type: str, device_index: int, tile_bytes: int, buffer_side: str = ""
+    ) -> None: ...
     def add_pairs(
         self,
         sources: list[torch.Tensor],
         destinations: list[torch.Tensor],
         names: Names | None,
+        scales: Sequence[float],
+        cast: bool,
     ) -> None: ...
     def add_packed(
         self,
         tensors: list[torch.Tensor],
         names: Names | None,
-        buffer: int,
-        buffer_bytes: int,
         offsets: Sequence[int],
         sizes: Sequence[int],
-        into_buffer: bool,
+    ) -> None: ...
+    def add_parts(
+        self,
+        tensors: list[torch.Tensor],
+        offsets: list[tuple[int, ...] | None],
+        scales: Sequence[float],
+        like: torch.Tensor,
+        shape: Sequence[int],
+        offset: int,
+        name: str,
     ) -> None: ...
     def describe(
         self, tensors: list[torch.Tensor], names: Names | None
     ) -> list[tuple[int, int, bool]]: ...
-    def copy(self, threads: int) -> None: ...
+    def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
+        """As `TensorRecord.first_change`: pair by pair source and destination, else in the order
+        of addition."""
+
+    def copy(self, threads: int, buffer: int = 0) -> None: ...
     def write(self, address: int, capacity: int) -> None: ...
-    def launch(self, table_address: int, stream: int, blocks: int) -> None: ...
+    def launch(self, table_address: int, stream: int, blocks: int, buffer: int = 0) -> None: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def extent(self) -> int: ...
     @property
     def segments(self) -> int: ...
     @property

@@ -7,6 +7,8 @@ found. The native extension raises these same classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "AddressInUse",
     "ArgumentError",
@@ -29,6 +31,7 @@ __all__ = [
     "SessionStateError",
     "TensorError",
     "VersionMismatch",
+    "listed",
 ]
 
 
@@ -115,3 +118,13 @@ class ContextLost(PackedCommError, RuntimeError):
 
 class SessionStateError(PackedCommError, RuntimeError):
     """The object is in a state (closed, aborted, torn) that doesn't allow the operation."""
+
+
+# Problems that one message lists.
+_LISTED = 10
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems as one message: the first ten, and how many more there are."""
+    more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more

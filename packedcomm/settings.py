@@ -43,6 +43,12 @@ class Settings:
     close_timeout_s: float = 10.0
     """Deadline for an orderly close; after it a communicator is aborted."""
 
+    control_timeout_s: float = 120.0
+    """Deadline for the other side's answer to a control message of a session."""
+
+    max_frame_bytes: int = 256 << 20
+    """Cap on one control message of a session; the largest holds a manifest."""
+
     max_tensors: int = 4_000_000
     """Cap on the entries of a manifest."""
 

@@ -1,14 +1,20 @@
 // The copy table in Python: built from tensors, run on a CPU or launched on a stream.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <limits>
+#include <algorithm>
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include "../bindings.hpp"
 #include "../common/error.hpp"
 #include "copy_cpu.hpp"
 #include "copy_table.hpp"
 #include "dlpack_reader.hpp"
+#include "tensor_arguments.hpp"
+#include "tensor_buffer.hpp"
+#include "tensor_record.hpp"
 #ifdef PACKEDCOMM_CUDA_ARCHITECTURES
 #include "copy_cuda.hpp"
 #endif
@@ -18,78 +24,138 @@ namespace py = pybind11;
 namespace packedcomm {
 namespace {
 
-std::string device_name(const DeviceId& device) {
-  return device.type == DeviceId::kHost ? "cpu" : "cuda:" + std::to_string(device.index);
+BufferSide buffer_side_of(const std::string& name) {
+  if (name.empty()) return BufferSide::kNone;
+  if (name == "source") return BufferSide::kSource;
+  if (name == "destination") return BufferSide::kDestination;
+  throw Error(ErrorKind::kArgument, "unknown side of a table '" + name + "'");
 }
 
-DeviceId device_id(const std::string& type, std::int32_t index) {
-  if (type == "cpu") return {DeviceId::kHost, 0};
-  if (type == "cuda") return {DeviceId::kCuda, index};
-  throw Error(ErrorKind::kTensor, "unsupported device type '" + type + "'");
+void require_equal(std::size_t a, std::size_t b, const char* what) {
+  if (a != b) throw Error(ErrorKind::kArgument, std::string(what) + " differ in number");
 }
 
-// Calls `body` for one tensor; an error leaves with the tensor's name, or its position, in front.
-template <typename Body>
-void for_tensor(const py::object& names, std::size_t i, const Body& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    const std::string name =
-        names.is_none() ? "#" + std::to_string(i) : std::string(py::str(names[py::int_(i)]));
-    throw Error(error.kind(), "tensor '" + name + "': " + error.what());
+// How values of one tensor become values of the other. `cast` allows types to differ; the tensors
+// are only asked for their types' names when these don't fit.
+Conversion conversion_between(const ItemType& source_type, py::handle source,
+                              const ItemType& destination_type, py::handle destination,
+                              double scale, bool cast) {
+  const bool same = source_type == destination_type;
+  if (same && scale == 1.0) return {};
+  const auto from = source_type.float_type();
+  const auto to = destination_type.float_type();
+  const auto name = [](py::handle tensor) { return std::string(py::str(tensor.attr("dtype"))); };
+  if (!same && !(from && to && cast)) {
+    throw Error(ErrorKind::kTensor,
+                "source is " + name(source) + ", destination " + name(destination) +
+                    (from && to ? ": values are cast only where that is asked for"
+                                : ": only float64, float32, float16 and bfloat16 can be cast"));
   }
+  if (!from || !to) {
+    throw Error(ErrorKind::kTensor, "is " + name(source) +
+                                        ": only float64, float32, float16 and "
+                                        "bfloat16 can be scaled, by " +
+                                        std::to_string(scale));
+  }
+  const bool wide = *from == FloatType::kFloat64 || *to == FloatType::kFloat64;
+  if (!std::isfinite(wide ? scale : static_cast<float>(scale))) {
+    throw Error(ErrorKind::kTensor, "scale " + std::string(py::str(py::float_(scale))) +
+                                        " is not a finite number of " +
+                                        (wide ? "float64" : "float32"));
+  }
+  return {conversion_of(*from, *to), scale};
 }
 
-// A copy table of one device.
+// A copy table of one device, and a record of the tensors in it.
 class DeviceTable {
  public:
-  DeviceTable(const std::string& device_type, std::int32_t device_index, std::int64_t tile_bytes)
-      : device_(device_id(device_type, device_index)), table_(tile_bytes) {}
+  DeviceTable(const std::string& device_type, std::int32_t device_index, std::int64_t tile_bytes,
+              const std::string& buffer_side)
+      : device_(device_id(device_type, device_index)),
+        table_(tile_bytes, buffer_side_of(buffer_side)) {}
 
-  void add_pairs(const py::list& sources, const py::list& destinations, const py::object& names) {
-    if (sources.size() != destinations.size()) {
-      throw Error(ErrorKind::kArgument, "sources and destinations differ in number");
-    }
+  void add_pairs(const py::list& sources, const py::list& destinations, const py::object& names,
+                 const std::vector<double>& scales, bool cast) {
+    require_buffer(false);
+    require_equal(sources.size(), destinations.size(), "sources and destinations");
+    require_equal(sources.size(), scales.size(), "tensors and scales");
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      for_tensor(names, i, [&] { table_.add(read(sources[i]), read(destinations[i])); });
+      for_tensor(names, i, [&] {
+        const TensorView source = read(sources[i]);
+        const TensorView destination = read(destinations[i]);
+        table_.add(source.array, destination.array,
+                   conversion_between(source.type, sources[i], destination.type, destinations[i],
+                                      scales[i], cast));
+        record_.add(source);
+        record_.add(destination);
+      });
     }
   }
 
-  // Tensors to or from one buffer of `buffer_bytes` bytes, each contiguous there at its offset.
-  void add_packed(const py::list& tensors, const py::object& names, std::uint64_t buffer,
-                  std::int64_t buffer_bytes, const py::sequence& offsets, const py::sequence& sizes,
-                  bool into_buffer) {
+  // Whole tensors to or from the buffer, each contiguous there at its offset.
+  void add_packed(const py::list& tensors, const py::object& names, const py::sequence& offsets,
+                  const py::sequence& sizes) {
+    require_buffer(true);
     if (tensors.size() != offsets.size() || tensors.size() != sizes.size()) {
       throw Error(ErrorKind::kArgument, "tensors, offsets and sizes differ in number");
     }
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       for_tensor(names, i, [&] {
-        const ArrayView tensor = read(tensors[i]);
+        const TensorView tensor = read(tensors[i]);
         const auto offset = offsets[i].cast<std::int64_t>();
         const auto size = sizes[i].cast<std::int64_t>();
-        if (tensor.nbytes() != size) {
-          throw Error(ErrorKind::kTensor, "has " + std::to_string(tensor.nbytes()) +
+        if (tensor.array.nbytes() != size) {
+          throw Error(ErrorKind::kTensor, "has " + std::to_string(tensor.array.nbytes()) +
                                               " bytes, expected " + std::to_string(size));
         }
-        if (offset < 0 || size > buffer_bytes || offset > buffer_bytes - size) {
-          throw Error(ErrorKind::kArgument, "leaves its buffer of " + std::to_string(buffer_bytes) +
-                                                " bytes: offset " + std::to_string(offset) +
-                                                ", size " + std::to_string(size));
-        }
-        ArrayView packed = tensor;
-        packed.address = buffer + static_cast<std::uint64_t>(offset);
+        extent_ = std::max(extent_, buffer_end(offset, size));
+        ArrayView packed = tensor.array;
+        packed.address = static_cast<std::uint64_t>(offset);
         packed.strides = nullptr;
-        into_buffer ? table_.add(tensor, packed) : table_.add(packed, tensor);
+        into_buffer() ? table_.add(tensor.array, packed) : table_.add(packed, tensor.array);
+        record_.add(tensor);
       });
     }
   }
 
-  void copy(int threads) const {
+  // Boxes of one named tensor, which lies row-major in the buffer. `like` has the named tensor's
+  // type.
+  void add_parts(const py::list& tensors, const py::list& offsets,
+                 const std::vector<double>& scales, const py::object& like,
+                 std::vector<std::int64_t> shape, std::int64_t offset, const py::object& name) {
+    require_buffer(true);
+    require_equal(tensors.size(), offsets.size(), "tensors and offsets");
+    require_equal(tensors.size(), scales.size(), "tensors and scales");
+    for_tensor(py::make_tuple(name), 0, [&] {
+      const TensorView named = read_tensor(like);
+      const std::vector<std::int64_t> whole(shape.size(), 0);
+      const BufferTensor packed(offset, named.array.item_bytes, std::move(shape));
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        const TensorView part = read(tensors[i]);
+        const bool is_whole = offsets[i].is_none();
+        const ArrayView box =
+            packed.box(is_whole ? whole : offsets[i].cast<std::vector<std::int64_t>>(),
+                       part.array.dims, part.array.shape);
+        if (is_whole) packed.require_shape(part.array.shape);
+        if (into_buffer()) {
+          table_.add(part.array, box,
+                     conversion_between(part.type, tensors[i], named.type, like, scales[i], true));
+        } else {
+          table_.add(box, part.array,
+                     conversion_between(named.type, like, part.type, tensors[i], scales[i], true));
+        }
+        record_.add(part);
+      }
+      extent_ = std::max(extent_, packed.end());
+    });
+  }
+
+  void copy(int threads, std::uint64_t buffer) const {
     if (device_.type != DeviceId::kHost) {
       throw Error(ErrorKind::kArgument, "this table is of " + device_name(device_));
     }
     const py::gil_scoped_release unlocked;
-    copy_on_cpu(table_, threads);
+    copy_on_cpu(table_, buffer, threads);
   }
 
   void write(std::uint64_t address, std::size_t capacity) const {
@@ -100,14 +166,13 @@ class DeviceTable {
   }
 
   void launch([[maybe_unused]] std::uint64_t table_address, [[maybe_unused]] std::uint64_t stream,
-              [[maybe_unused]] int blocks) const {
+              [[maybe_unused]] int blocks, [[maybe_unused]] std::uint64_t buffer) const {
     if (device_.type != DeviceId::kCuda) {
       throw Error(ErrorKind::kArgument, "this table is of the CPU");
     }
 #ifdef PACKEDCOMM_CUDA_ARCHITECTURES
     const py::gil_scoped_release unlocked;
-    copy_on_cuda(table_address, static_cast<std::int64_t>(table_.segments().size()), table_.tiles(),
-                 table_.tile_bytes(), stream, blocks);
+    copy_on_cuda(table_, table_address, buffer, stream, blocks);
 #else
     throw Error(ErrorKind::kCuda,
                 "packedcomm was built without CUDA: build it again where nvcc is on PATH");
@@ -119,28 +184,48 @@ class DeviceTable {
     py::list rows;
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       for_tensor(names, i, [&] {
-        const ArrayView view = read(tensors[i]);
+        const ArrayView view = read(tensors[i]).array;
         rows.append(py::make_tuple(view.address, view.nbytes(), view.contiguous()));
       });
     }
     return rows;
   }
 
+  // Payload: what the buffer holds of it, or the destinations.
+  std::int64_t nbytes() const noexcept {
+    return table_.buffer_side() == BufferSide::kSource ? table_.source_nbytes() : table_.nbytes();
+  }
+  std::int64_t extent() const noexcept { return extent_; }
+  std::int64_t first_change(const py::sequence& tensors) const {
+    return record_.first_change(tensors);
+  }
   const CopyTable& table() const { return table_; }
 
  private:
-  ArrayView read(py::handle tensor) const {
-    const TensorView view = read_tensor(tensor);
-    if (!(view.device == device_) && view.array.nbytes() > 0) {
-      throw Error(ErrorKind::kTensor,
-                  "is on " + device_name(view.device) + ", expected " + device_name(device_));
+  bool into_buffer() const noexcept { return table_.buffer_side() == BufferSide::kDestination; }
+
+  void require_buffer(bool wanted) const {
+    if ((table_.buffer_side() != BufferSide::kNone) != wanted) {
+      throw Error(ErrorKind::kArgument, wanted ? "this table has no buffer"
+                                               : "this table is between a buffer and tensors");
     }
-    return view.array;
   }
+
+  TensorView read(py::handle tensor) const { return read_tensor_on(device_, tensor); }
 
   DeviceId device_;
   CopyTable table_;
+  TensorRecord record_;
+  std::int64_t extent_ = 0;
 };
+
+TensorRecord record_of(const py::sequence& tensors) {
+  TensorRecord record;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    for_tensor(py::none(), i, [&] { record.add(read_tensor(tensors[i])); });
+  }
+  return record;
+}
 
 }  // namespace
 
@@ -150,20 +235,27 @@ void register_copy(py::module_& module) {
 #else
   module.attr("cuda_architectures") = "";
 #endif
+  py::class_<TensorRecord>(module, "TensorRecord")
+      .def(py::init(&record_of), py::arg("tensors"))
+      .def("first_change", &TensorRecord::first_change, py::arg("tensors"));
   py::class_<DeviceTable>(module, "CopyTable")
-      .def(py::init<const std::string&, std::int32_t, std::int64_t>(), py::arg("device_type"),
-           py::arg("device_index"), py::arg("tile_bytes"))
+      .def(py::init<const std::string&, std::int32_t, std::int64_t, const std::string&>(),
+           py::arg("device_type"), py::arg("device_index"), py::arg("tile_bytes"),
+           py::arg("buffer_side") = "")
       .def("add_pairs", &DeviceTable::add_pairs, py::arg("sources"), py::arg("destinations"),
-           py::arg("names"))
+           py::arg("names"), py::arg("scales"), py::arg("cast"))
       .def("add_packed", &DeviceTable::add_packed, py::arg("tensors"), py::arg("names"),
-           py::arg("buffer"), py::arg("buffer_bytes"), py::arg("offsets"), py::arg("sizes"),
-           py::arg("into_buffer"))
+           py::arg("offsets"), py::arg("sizes"))
+      .def("add_parts", &DeviceTable::add_parts, py::arg("tensors"), py::arg("offsets"),
+           py::arg("scales"), py::arg("like"), py::arg("shape"), py::arg("offset"), py::arg("name"))
       .def("describe", &DeviceTable::describe, py::arg("tensors"), py::arg("names"))
-      .def("copy", &DeviceTable::copy, py::arg("threads"))
+      .def("first_change", &DeviceTable::first_change, py::arg("tensors"))
+      .def("copy", &DeviceTable::copy, py::arg("threads"), py::arg("buffer") = 0)
       .def("write", &DeviceTable::write, py::arg("address"), py::arg("capacity"))
       .def("launch", &DeviceTable::launch, py::arg("table_address"), py::arg("stream"),
-           py::arg("blocks"))
-      .def_property_readonly("nbytes", [](const DeviceTable& t) { return t.table().nbytes(); })
+           py::arg("blocks"), py::arg("buffer") = 0)
+      .def_property_readonly("nbytes", &DeviceTable::nbytes)
+      .def_property_readonly("extent", &DeviceTable::extent)
       .def_property_readonly("segments",
                              [](const DeviceTable& t) { return t.table().segments().size(); })
       .def_property_readonly("tiles", [](const DeviceTable& t) { return t.table().tiles(); })

@@ -1,9 +1,10 @@
-// Tiles on CPU threads: memcpy for runs, typed loops for single elements, streaming stores for
-// copies that no cache would hold.
+// Tiles on CPU threads: memcpy for runs, typed loops for single elements and conversions, streaming
+// stores for copies that no cache would hold.
 #include "copy_cpu.hpp"
 
 #include <cstring>
 
+#include "convert_cpu.hpp"
 #include "thread_pool.hpp"
 #include "tiling.hpp"
 
@@ -87,14 +88,23 @@ void copy_row(char* to, std::int64_t to_stride, const char* from, std::int64_t f
   }
 }
 
-void copy_tile(const Segment& segment, std::int64_t tile_bytes, std::int64_t index,
-               CopyRun copy_run) {
+void copy_tile(const Segment& segment, const Bases& bases, std::int64_t tile_bytes,
+               std::int64_t index, CopyRun copy_run) {
   const TileSpan span = locate_tile(segment, tile_bytes, index);
+  const auto conversion = static_cast<int>(segment.conversion);
+  const ConvertRow convert_row = conversion == kCopyBytes ? nullptr : convert_row_of(conversion);
+  const std::int64_t items =
+      convert_row == nullptr ? 0 : span.bytes / destination_item_bytes(conversion);
   if (segment.dims == 0 || span.runs == 1) {
-    const RunAddress at = locate_run(segment, span.first_run);
-    copy_run(reinterpret_cast<char*>(at.destination + static_cast<std::uint64_t>(span.offset)),
-             reinterpret_cast<const char*>(at.source + static_cast<std::uint64_t>(span.offset)),
-             span.bytes);
+    const RunAddress at = locate_run(segment, bases, span.first_run);
+    auto* to = reinterpret_cast<char*>(at.destination) + span.offset;
+    const auto* from =
+        reinterpret_cast<const char*>(at.source) + source_bytes_of(conversion, span.offset);
+    if (convert_row != nullptr) {
+      convert_row(to, 0, from, 0, 1, items, segment.scale);
+    } else {
+      copy_run(to, from, span.bytes);
+    }
     return;
   }
   // Whole runs: one row of the innermost dimension at a time.
@@ -103,19 +113,26 @@ void copy_tile(const Segment& segment, std::int64_t tile_bytes, std::int64_t ind
   std::int64_t run = span.first_run;
   const std::int64_t end = span.first_run + span.runs;
   while (run < end) {
-    const RunAddress at = locate_run(segment, run);
+    const RunAddress at = locate_run(segment, bases, run);
+    auto* to = reinterpret_cast<char*>(at.destination);
+    const auto* from = reinterpret_cast<const char*>(at.source);
     const std::int64_t left_in_row = extent - run % extent;
     const std::int64_t count = left_in_row < end - run ? left_in_row : end - run;
-    copy_row(reinterpret_cast<char*>(at.destination), segment.destination_stride[last],
-             reinterpret_cast<const char*>(at.source), segment.source_stride[last], count,
-             segment.run_bytes, copy_run);
+    if (convert_row != nullptr) {
+      convert_row(to, segment.destination_stride[last], from, segment.source_stride[last], count,
+                  items, segment.scale);
+    } else {
+      copy_row(to, segment.destination_stride[last], from, segment.source_stride[last], count,
+               segment.run_bytes, copy_run);
+    }
     run += count;
   }
 }
 
 }  // namespace
 
-void copy_on_cpu(const CopyTable& table, int threads) noexcept {
+void copy_on_cpu(const CopyTable& table, std::uint64_t buffer, int threads) noexcept {
+  const Bases bases = table.bases(buffer);
   const bool streaming = table.nbytes() >= kStreamingBytes;
   const CopyRun copy_run = streaming ? copy_run_streaming : copy_run_cached;
   const auto& segments = table.segments();
@@ -132,7 +149,7 @@ void copy_on_cpu(const CopyTable& table, int threads) noexcept {
         find_segment(first_tiles.data(), static_cast<std::int64_t>(segments.size()), tile));
     for (; tile < end; ++tile) {
       if (row + 1 < segments.size() && first_tiles[row + 1] <= tile) ++row;
-      copy_tile(segments[row], table.tile_bytes(), tile - first_tiles[row], copy_run);
+      copy_tile(segments[row], bases, table.tile_bytes(), tile - first_tiles[row], copy_run);
     }
     // Streaming stores are weakly ordered: they must be visible before another thread is told.
     if (streaming) finish_streaming();

@@ -3,10 +3,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 
-#include "../common/error.hpp"
+#include "convert_cuda.cuh"
 #include "copy_cuda.hpp"
+#include "cuda_check.hpp"
 #include "tiling.hpp"
 
 namespace packedcomm {
@@ -17,6 +17,8 @@ constexpr int kThreads = 512;
 constexpr int kUnroll = 4;
 // Runs at least this long are copied by a warp each, shorter ones by a thread each.
 constexpr std::int64_t kWarpRunBytes = 256;
+// The same for runs that are converted, in values: a thread takes these one by one.
+constexpr std::int64_t kWarpRunItems = 32;
 
 // Copies [from, from + bytes) with `lanes` cooperating threads of which this is number `lane`.
 // Correct for any alignment of either side; destinations are written in 16-byte words wherever a
@@ -97,67 +99,104 @@ __device__ __forceinline__ void copy_short_run(std::uint64_t to, std::uint64_t f
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    copy_tiles(const Segment* __restrict__ segments, const std::int64_t* __restrict__ first_tiles,
-               std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes) {
-  for (std::int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const std::int64_t row = find_segment(first_tiles, rows, t);
-    const Segment& segment = segments[row];
-    const TileSpan span = locate_tile(segment, tile_bytes, t - first_tiles[row]);
-    if (span.runs == 1) {
-      const RunAddress at = locate_run(segment, span.first_run);
-      copy_span(reinterpret_cast<char*>(at.destination + span.offset),
-                reinterpret_cast<const char*>(at.source + span.offset), span.bytes,
-                static_cast<int>(threadIdx.x), kThreads);
-    } else if (span.bytes >= kWarpRunBytes) {
-      const int lane = static_cast<int>(threadIdx.x) & 31;
-      for (std::int64_t r = threadIdx.x >> 5; r < span.runs; r += kThreads / 32) {
-        const RunAddress at = locate_run(segment, span.first_run + r);
-        copy_span(reinterpret_cast<char*>(at.destination), reinterpret_cast<const char*>(at.source),
-                  span.bytes, lane, 32);
-      }
-    } else {
-      for (std::int64_t r = threadIdx.x; r < span.runs; r += kThreads) {
-        const RunAddress at = locate_run(segment, span.first_run + r);
-        copy_short_run(at.destination, at.source, span.bytes);
+__device__ __forceinline__ void copy_tile(const Segment& segment, const Bases& bases,
+                                          const TileSpan& span) {
+  if (span.runs == 1) {
+    const RunAddress at = locate_run(segment, bases, span.first_run);
+    copy_span(reinterpret_cast<char*>(at.destination + span.offset),
+              reinterpret_cast<const char*>(at.source + span.offset), span.bytes,
+              static_cast<int>(threadIdx.x), kThreads);
+  } else if (span.bytes >= kWarpRunBytes) {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    for (std::int64_t r = threadIdx.x >> 5; r < span.runs; r += kThreads / 32) {
+      const RunAddress at = locate_run(segment, bases, span.first_run + r);
+      copy_span(reinterpret_cast<char*>(at.destination), reinterpret_cast<const char*>(at.source),
+                span.bytes, lane, 32);
+    }
+  } else {
+    for (std::int64_t r = threadIdx.x; r < span.runs; r += kThreads) {
+      const RunAddress at = locate_run(segment, bases, span.first_run + r);
+      copy_short_run(at.destination, at.source, span.bytes);
+    }
+  }
+}
+
+template <typename Source, typename Destination>
+__device__ __forceinline__ void convert_tile(const Segment& segment, const Bases& bases,
+                                             const TileSpan& span) {
+  constexpr auto kTo = static_cast<std::int64_t>(sizeof(Destination));
+  constexpr auto kFrom = static_cast<std::int64_t>(sizeof(Source));
+  const auto scale = static_cast<Arithmetic<Source, Destination>>(segment.scale);
+  const std::int64_t items = span.bytes / kTo;
+  if (span.runs == 1) {
+    const RunAddress at = locate_run(segment, bases, span.first_run);
+    convert_span<Source, Destination>(
+        reinterpret_cast<char*>(at.destination + span.offset),
+        reinterpret_cast<const char*>(at.source + span.offset / kTo * kFrom), items, scale,
+        static_cast<int>(threadIdx.x), kThreads);
+  } else if (items >= kWarpRunItems) {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    for (std::int64_t r = threadIdx.x >> 5; r < span.runs; r += kThreads / 32) {
+      const RunAddress at = locate_run(segment, bases, span.first_run + r);
+      convert_span<Source, Destination>(reinterpret_cast<char*>(at.destination),
+                                        reinterpret_cast<const char*>(at.source), items, scale,
+                                        lane, 32);
+    }
+  } else {
+    for (std::int64_t r = threadIdx.x; r < span.runs; r += kThreads) {
+      const RunAddress at = locate_run(segment, bases, span.first_run + r);
+      auto* to = reinterpret_cast<char*>(at.destination);
+      const auto* from = reinterpret_cast<const char*>(at.source);
+      for (std::int64_t i = 0; i < items; ++i) {
+        convert_item<Source, Destination>(to + i * kTo, from + i * kFrom, scale);
       }
     }
   }
 }
 
-void check(cudaError_t status, const char* operation) {
-  if (status == cudaSuccess) return;
-  throw Error(ErrorKind::kCuda, std::string(operation) + " failed: " + cudaGetErrorName(status) +
-                                    ": " + cudaGetErrorString(status));
+// Tables without conversions have a kernel of their own, which needs fewer registers.
+template <bool kConverts>
+__global__ void __launch_bounds__(kThreads, 2)
+    run_tiles(const Segment* __restrict__ segments, const std::int64_t* __restrict__ first_tiles,
+              std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes, Bases bases) {
+  for (std::int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const std::int64_t row = find_segment(first_tiles, rows, t);
+    const Segment& segment = segments[row];
+    const TileSpan span = locate_tile(segment, tile_bytes, t - first_tiles[row]);
+    if constexpr (kConverts) {
+      const auto conversion = static_cast<int>(segment.conversion);
+      if (conversion != kCopyBytes) {
+        with_types(conversion, [&](auto source, auto destination) {
+          convert_tile<decltype(source), decltype(destination)>(segment, bases, span);
+        });
+        continue;
+      }
+    }
+    copy_tile(segment, bases, span);
+  }
 }
 
-int blocks_that_fill_device() {
-  int device = 0;
-  int processors = 0;
-  int per_processor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, copy_tiles, kThreads, 0),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return processors * per_processor;
-}
+using Kernel = void (*)(const Segment*, const std::int64_t*, std::int64_t, std::int64_t,
+                        std::int64_t, Bases);
 
 }  // namespace
 
-void copy_on_cuda(std::uint64_t table, std::int64_t segments, std::int64_t tiles,
-                  std::int64_t tile_bytes, std::uint64_t stream, int blocks) {
-  if (tiles == 0) return;
+void copy_on_cuda(const CopyTable& table, std::uint64_t uploaded, std::uint64_t buffer,
+                  std::uint64_t stream, int blocks) {
+  if (table.tiles() == 0) return;
   // Errors of earlier, unrelated calls must not be reported as this launch's.
   (void)cudaGetLastError();
-  std::int64_t grid = blocks > 0 ? blocks : blocks_that_fill_device();
-  if (grid > tiles) grid = tiles;
-  const auto* rows = reinterpret_cast<const Segment*>(table);
-  const auto* first_tiles = reinterpret_cast<const std::int64_t*>(
-      table + static_cast<std::uint64_t>(segments) * sizeof(Segment));
-  copy_tiles<<<static_cast<unsigned>(grid), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      rows, first_tiles, segments, tiles, tile_bytes);
-  check(cudaGetLastError(), "launch of the copy kernel");
+  const Kernel kernel = table.converts() ? run_tiles<true> : run_tiles<false>;
+  std::int64_t grid =
+      blocks > 0 ? blocks
+                 : blocks_that_fill_device(reinterpret_cast<const void*>(kernel), kThreads);
+  if (grid > table.tiles()) grid = table.tiles();
+  const auto segments = static_cast<std::int64_t>(table.segments().size());
+  const auto* rows = reinterpret_cast<const Segment*>(uploaded);
+  const auto* first_tiles = reinterpret_cast<const std::int64_t*>(rows + segments);
+  kernel<<<static_cast<unsigned>(grid), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      rows, first_tiles, segments, table.tiles(), table.tile_bytes(), table.bases(buffer));
+  check_cuda(cudaGetLastError(), "launch of the copy kernel");
 }
 
 }  // namespace packedcomm

@@ -3,13 +3,15 @@
 
 #include <cstdint>
 
+#include "copy_table.hpp"
+
 namespace packedcomm {
 
-// Enqueues the copy of all `tiles` tiles of a table on `stream` and returns. `table` is the device
-// address of CopyTable::write's bytes (16-byte aligned), which must stay valid until the kernel has
-// run. `blocks` bounds the grid; 0 fills the device. The device must be current. Takes no lock,
-// needs no GIL. Throws Error(kCuda).
-void copy_on_cuda(std::uint64_t table, std::int64_t segments, std::int64_t tiles,
-                  std::int64_t tile_bytes, std::uint64_t stream, int blocks);
+// Enqueues a run of the table on `stream` and returns. `uploaded` is the device address of
+// CopyTable::write's bytes (16-byte aligned), which must stay valid until the kernel has run;
+// `buffer` the address that a relative table's buffer has this time. `blocks` bounds the grid; 0
+// fills the device. The device must be current. Takes no lock, needs no GIL. Throws Error(kCuda).
+void copy_on_cuda(const CopyTable& table, std::uint64_t uploaded, std::uint64_t buffer,
+                  std::uint64_t stream, int blocks);
 
 }  // namespace packedcomm

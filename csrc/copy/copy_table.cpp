@@ -71,6 +71,14 @@ std::vector<Dim> normalised(const ArrayView& source, const ArrayView& destinatio
   return merged;
 }
 
+void set_run(Segment& segment, std::int64_t bytes) {
+  if (bytes > kMaxRunBytes) {
+    throw Error(ErrorKind::kTensor, "has a run of " + std::to_string(bytes) + " bytes, at most " +
+                                        std::to_string(kMaxRunBytes) + " are possible");
+  }
+  segment.run_bytes = bytes;
+}
+
 }  // namespace
 
 std::int64_t ArrayView::nbytes() const noexcept {
@@ -90,46 +98,45 @@ bool ArrayView::contiguous() const noexcept {
   return true;
 }
 
-CopyTable::CopyTable(std::int64_t tile_bytes) : tile_bytes_(tile_bytes) {
-  if (tile_bytes < 16) {
+CopyTable::CopyTable(std::int64_t tile_bytes, BufferSide buffer_side)
+    : tile_bytes_(tile_bytes), buffer_side_(buffer_side) {
+  if (tile_bytes < 16 || tile_bytes % 16 != 0) {
     throw Error(ErrorKind::kArgument,
-                "tile_bytes must be at least 16, got " + std::to_string(tile_bytes));
+                "tile_bytes must be a multiple of 16, got " + std::to_string(tile_bytes));
   }
 }
 
-void CopyTable::add_contiguous(std::uint64_t source, std::uint64_t destination,
-                               std::int64_t nbytes) {
-  if (nbytes == 0) return;
-  Segment segment{};
-  segment.source = source;
-  segment.destination = destination;
-  segment.run_bytes = nbytes;
-  push(segment);
-}
-
-void CopyTable::add(const ArrayView& source, const ArrayView& destination) {
-  if (source.item_bytes != destination.item_bytes || source.dims != destination.dims ||
+void CopyTable::add(const ArrayView& source, const ArrayView& destination,
+                    const Conversion& conversion) {
+  if (source.dims != destination.dims ||
       !std::equal(source.shape, source.shape + source.dims, destination.shape)) {
-    throw Error(ErrorKind::kTensor, "source and destination differ in shape or item size");
+    throw Error(ErrorKind::kTensor, "source and destination differ in shape");
   }
-  if (source.nbytes() == 0) return;
-  if (source.contiguous() && destination.contiguous()) {
-    add_contiguous(source.address, destination.address, source.nbytes());
-    return;
+  if (source.item_bytes != source_bytes_of(conversion.code, destination.item_bytes)) {
+    throw Error(ErrorKind::kTensor, "source and destination differ in item size");
   }
-  std::vector<Dim> dims = normalised(source, destination);
-  if (!destination_is_injective(dims, source.item_bytes)) {
-    throw Error(ErrorKind::kTensor, "several elements of the destination share memory");
-  }
+  if (destination.nbytes() == 0) return;
   Segment segment{};
   segment.source = source.address;
   segment.destination = destination.address;
-  segment.run_bytes = source.item_bytes;
+  segment.conversion = conversion.code;
+  segment.scale = conversion.scale;
+  if (source.contiguous() && destination.contiguous()) {
+    set_run(segment, destination.nbytes());
+    push(segment);
+    return;
+  }
+  std::vector<Dim> dims = normalised(source, destination);
+  if (!destination_is_injective(dims, destination.item_bytes)) {
+    throw Error(ErrorKind::kTensor, "several elements of the destination share memory");
+  }
+  std::int64_t run_bytes = destination.item_bytes;
   if (!dims.empty() && dims.back().source_stride == source.item_bytes &&
-      dims.back().destination_stride == source.item_bytes) {
-    segment.run_bytes *= dims.back().extent;
+      dims.back().destination_stride == destination.item_bytes) {
+    run_bytes *= dims.back().extent;
     dims.pop_back();
   }
+  set_run(segment, run_bytes);
   // Dimensions beyond what a segment holds become one segment per outer index.
   const std::size_t inner = std::min<std::size_t>(dims.size(), kMaxBoxDims);
   const std::size_t outer = dims.size() - inner;
@@ -157,7 +164,11 @@ void CopyTable::push(const Segment& segment) {
   segments_.push_back(segment);
   first_tiles_.push_back(tiles_);
   tiles_ += tile_count(segment, tile_bytes_);
-  nbytes_ += run_count(segment) * segment.run_bytes;
+  const std::int64_t nbytes = run_count(segment) * segment.run_bytes;
+  const auto conversion = static_cast<int>(segment.conversion);
+  nbytes_ += nbytes;
+  source_nbytes_ += source_bytes_of(conversion, nbytes);
+  converts_ = converts_ || conversion != kCopyBytes;
 }
 
 std::size_t CopyTable::table_bytes() const noexcept {

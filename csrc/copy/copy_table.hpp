@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "convert.hpp"
 #include "segment.hpp"
 
 namespace packedcomm {
@@ -21,20 +22,38 @@ struct ArrayView {
   bool contiguous() const noexcept;
 };
 
+// What happens to values on their way; by default nothing.
+struct Conversion {
+  int code = kCopyBytes;
+  double scale = 1.0;
+};
+
+// Which side's addresses are offsets into a buffer that is named when the table is run.
+enum class BufferSide { kNone, kSource, kDestination };
+
 // Not thread-safe while it is being built; read-only afterwards. Never throws from accessors.
 class CopyTable {
  public:
-  explicit CopyTable(std::int64_t tile_bytes);
+  // `tile_bytes` must be a multiple of 16.
+  CopyTable(std::int64_t tile_bytes, BufferSide buffer_side);
 
   // Adds the copy of every element of `source` to the same index of `destination`; both have one
-  // shape and item size. Throws Error(kTensor) if two elements of the destination share memory.
-  void add(const ArrayView& source, const ArrayView& destination);
-
-  // Adds one contiguous copy.
-  void add_contiguous(std::uint64_t source, std::uint64_t destination, std::int64_t nbytes);
+  // shape, and the item sizes that the conversion says. Throws Error(kTensor) if two elements of
+  // the destination share memory.
+  void add(const ArrayView& source, const ArrayView& destination,
+           const Conversion& conversion = {});
 
   std::int64_t tile_bytes() const noexcept { return tile_bytes_; }
+  BufferSide buffer_side() const noexcept { return buffer_side_; }
+  Bases bases(std::uint64_t buffer) const noexcept {
+    return {buffer_side_ == BufferSide::kSource ? buffer : 0,
+            buffer_side_ == BufferSide::kDestination ? buffer : 0};
+  }
+  // Bytes that a run writes.
   std::int64_t nbytes() const noexcept { return nbytes_; }
+  // Bytes that a run reads.
+  std::int64_t source_nbytes() const noexcept { return source_nbytes_; }
+  bool converts() const noexcept { return converts_; }
   const std::vector<Segment>& segments() const noexcept { return segments_; }
   // Number of the first tile of each segment; tiles are numbered through the whole table.
   const std::vector<std::int64_t>& first_tiles() const noexcept { return first_tiles_; }
@@ -48,7 +67,10 @@ class CopyTable {
   void push(const Segment& segment);
 
   std::int64_t tile_bytes_;
+  BufferSide buffer_side_;
   std::int64_t nbytes_ = 0;
+  std::int64_t source_nbytes_ = 0;
+  bool converts_ = false;
   std::int64_t tiles_ = 0;
   std::vector<Segment> segments_;
   std::vector<std::int64_t> first_tiles_;

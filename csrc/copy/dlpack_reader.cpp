@@ -53,6 +53,7 @@ constexpr std::int32_t kDLCUDA = 2;
 constexpr std::int32_t kDLCUDAHost = 3;
 constexpr std::int32_t kDLCUDAManaged = 13;
 constexpr std::uint8_t kDLFloat = 2;
+constexpr std::uint8_t kDLBfloat = 4;
 constexpr std::uint8_t kDLComplex = 5;
 
 [[noreturn]] void refuse(const std::string& why) { throw Error(ErrorKind::kTensor, why); }
@@ -109,6 +110,16 @@ bool flag(py::handle tensor, const py::object& method) {
 
 }  // namespace
 
+std::optional<FloatType> ItemType::float_type() const noexcept {
+  if (lanes != 1) return std::nullopt;
+  if (code == kDLBfloat && bits == 16) return FloatType::kBfloat16;
+  if (code != kDLFloat) return std::nullopt;
+  if (bits == 16) return FloatType::kFloat16;
+  if (bits == 32) return FloatType::kFloat32;
+  if (bits == 64) return FloatType::kFloat64;
+  return std::nullopt;
+}
+
 TensorView read_tensor(py::handle tensor) {
   const TensorTypes& types = tensor_types();
   PyTypeObject* type = Py_TYPE(tensor.ptr());
@@ -133,6 +144,7 @@ TensorView read_tensor(py::handle tensor) {
     if (flag(tensor, types.is_neg)) refuse("is a lazy negation: call resolve_neg() first");
   }
   TensorView result;
+  result.type = {view.dtype.code, view.dtype.bits, view.dtype.lanes};
   result.array.item_bytes = (static_cast<std::int64_t>(view.dtype.bits) * view.dtype.lanes + 7) / 8;
   result.array.address = reinterpret_cast<std::uint64_t>(view.data) + view.byte_offset;
   result.array.dims = static_cast<std::size_t>(view.ndim);

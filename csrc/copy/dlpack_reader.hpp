@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 
+#include "convert.hpp"
 #include "copy_table.hpp"
 
 namespace packedcomm {
@@ -19,8 +21,21 @@ struct DeviceId {
   }
 };
 
+// An element type in DLPack's terms.
+struct ItemType {
+  std::uint8_t code;
+  std::uint8_t bits;
+  std::uint16_t lanes;
+  bool operator==(const ItemType& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+  // The type as one that values can be cast to and from, if it is one.
+  std::optional<FloatType> float_type() const noexcept;
+};
+
 struct TensorView {
   ArrayView array;
+  ItemType type;
   DeviceId device;
 };
 

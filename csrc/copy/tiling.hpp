@@ -3,18 +3,14 @@
 
 #include <cstdint>
 
+#include "convert.hpp"
 #include "segment.hpp"
-
-#ifdef __CUDACC__
-#define PACKEDCOMM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PACKEDCOMM_HOST_DEVICE inline
-#endif
 
 namespace packedcomm {
 
-// What one tile copies: `runs` runs from `first_run` on, of each the `bytes` bytes at `offset`.
-// Either a tile has several whole runs or it is a piece of one run.
+// What one tile copies: `runs` runs from `first_run` on, of each the `bytes` bytes at `offset`,
+// both counted in the destination. Either a tile has several whole runs or it is a piece of one
+// run. Pieces begin at whole items, since a tile's size is a multiple of 16.
 struct TileSpan {
   std::int64_t first_run;
   std::int64_t runs;
@@ -75,8 +71,9 @@ PACKEDCOMM_HOST_DEVICE std::int64_t find_segment(const std::int64_t* first_tiles
 }
 
 // The addresses of the run-th run in row-major order of the outer dimensions.
-PACKEDCOMM_HOST_DEVICE RunAddress locate_run(const Segment& segment, std::int64_t run) {
-  RunAddress at{segment.source, segment.destination};
+PACKEDCOMM_HOST_DEVICE RunAddress locate_run(const Segment& segment, const Bases& bases,
+                                             std::int64_t run) {
+  RunAddress at{segment.source + bases.source, segment.destination + bases.destination};
   for (int d = static_cast<int>(segment.dims) - 1; d >= 0; --d) {
     const std::int64_t extent = segment.extent[d];
     std::int64_t quotient;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import numbers
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -14,7 +15,7 @@ from packedcomm.copying import as_tensor, describe_tensors
 from packedcomm.errors import ArgumentError, SessionStateError, TensorError
 from packedcomm.settings import MOST_SECONDS
 
-__all__ = ["Communicator", "Pending", "check_rank", "check_timeout", "contiguous_bytes"]
+__all__ = ["Communicator", "Operands", "Pending", "check_rank", "check_timeout", "contiguous_bytes"]
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -52,6 +53,32 @@ def contiguous_bytes(tensor: torch.Tensor, operation: str) -> torch.Tensor:
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     first = tensor.storage_offset() * tensor.itemsize
     return flat.set_(tensor.untyped_storage(), first, (tensor.nbytes,), (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Contiguous tensors, checked once, that may be broadcast again and again."""
+
+    tensors: list[torch.Tensor]
+    buffers: list[tuple[int, int]]
+    """Address and bytes of each tensor that isn't empty."""
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor], device: torch.device, operation: str) -> Operands:
+        """Check tensors.
+
+        Raises:
+            TensorError: one is on another device, isn't plain memory or isn't contiguous.
+        """
+        rows = describe_tensors(tensors, device)
+        for i, (_, _, contiguous) in enumerate(rows):
+            if not contiguous:
+                raise TensorError(f"{operation}: tensor #{i} is not contiguous")
+        return cls(tensors, [(address, nbytes) for address, nbytes, _ in rows if nbytes])
+
+    def as_bytes(self) -> list[torch.Tensor]:
+        """The tensors' memory as one-dimensional uint8 tensors."""
+        return [contiguous_bytes(tensor, "broadcast") for tensor in self.tensors]
 
 
 class Pending(Protocol):
@@ -92,7 +119,7 @@ class Communicator(abc.ABC):
             SessionStateError: the communicator is closed or was aborted.
         """
 
-    def start_broadcast(self, tensors: list[torch.Tensor], src: int) -> Pending | None:
+    def start_broadcast(self, operands: Operands, src: int) -> Pending | None:
         """Broadcast several tensors as one group, possibly in the background.
 
         Returns:
@@ -103,7 +130,7 @@ class Communicator(abc.ABC):
             As `broadcast`; in the background, by the result's `wait`.
         """
         with self.group():
-            for tensor in tensors:
+            for tensor in operands.tensors:
                 self.broadcast(tensor, src)
         return None
 

@@ -6,12 +6,12 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Self
 
 import torch
 
-from packedcomm.communicators.base import Communicator
+from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.communicators.gloo_group import connect_gloo
 from packedcomm.communicators.gloo_transfers import (
     BROADCAST_TAG,
@@ -148,7 +148,7 @@ class GlooCommunicator(Communicator):
         parent, children = broadcast_tree(self.rank, src, self.world_size)
         self._issue(Transfer(operation, data, parent, children, BROADCAST_TAG))
 
-    def start_broadcast(self, tensors: Sequence[torch.Tensor], src: int) -> StartedBroadcast:
+    def start_broadcast(self, operands: Operands, src: int) -> StartedBroadcast:
         """Start the broadcast of several tensors, as one group, and return at once.
 
         What is started runs in order, on the communicator's own thread. The tensors must not be
@@ -158,7 +158,7 @@ class GlooCommunicator(Communicator):
             As `broadcast`; failures of the operation itself are raised by `wait()`.
         """
         with self._collected() as transfers:
-            for tensor in tensors:
+            for tensor in operands.tensors:
                 self.broadcast(tensor, src)
         return StartedBroadcast(self._wait, self._thread.start(transfers) if transfers else None)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from packedcomm import _native
-from packedcomm.communicators.base import Communicator
+from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.copying import as_tensor, describe_tensors
 from packedcomm.errors import PackedCommError, SessionStateError, TensorError
 from packedcomm.settings import Settings
@@ -69,22 +69,17 @@ class NcclOperations(Communicator):
         self._check_peer("broadcast", "src", src)
         self._move(f"broadcast from rank {src}", self._handle.broadcast, tensor, src)
 
-    def start_broadcast(self, tensors: list[torch.Tensor], src: int) -> None:
+    def start_broadcast(self, operands: Operands, src: int) -> None:
         """Enqueue the broadcast of several tensors as one NCCL group, in one native call.
 
         Raises:
             As `broadcast`; not inside `group()`.
         """
         self._check_peer("broadcast", "src", src)
-        operation = f"broadcast of {len(tensors)} tensors from rank {src}"
+        operation = f"broadcast of {len(operands.tensors)} tensors from rank {src}"
         self._check_open(operation)
-        rows = describe_tensors(tensors, self.device)
-        for i, (_, _, contiguous) in enumerate(rows):
-            if not contiguous:
-                raise TensorError(f"{operation} on rank {self.rank}: #{i} is not contiguous")
-        buffers = [(address, nbytes) for address, nbytes, _ in rows if nbytes]
         with self._failures(operation):
-            self._handle.broadcast_many(buffers, src, self._stream(), self._timeout_s)
+            self._handle.broadcast_many(operands.buffers, src, self._stream(), self._timeout_s)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """As `Communicator.send`. `dst` must be another rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from packedcomm.copying import Part
 from packedcomm.manifest import Manifest
@@ -12,7 +12,7 @@ from packedcomm.manifest import Manifest
 __all__ = ["Snapshot", "Source"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Snapshot:
     """What a source has to send, as of now. Compared by identity.
 
@@ -31,6 +31,7 @@ class Snapshot:
     """Names that a filter kept from being sent."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """What can be sent again and again, and tells cheaply that nothing but values has changed.
 

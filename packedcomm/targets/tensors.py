@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from packedcomm.copying import as_destination, describe_tensors
-from packedcomm.errors import ManifestError, TensorError
-from packedcomm.manifest import Manifest, dtype_name
+from packedcomm.copying import Part, as_destination, describe_tensors
+from packedcomm.errors import ManifestError, TensorError, listed
+from packedcomm.manifest import Manifest, TensorSpec, dtype_name
 
-__all__ = ["TensorTarget"]
-
-_LISTED = 10
+__all__ = ["TensorTarget", "checked_destinations"]
 
 
-class TensorTarget:
-    """In-place destinations by name. Their addresses never change.
-
-    A failed transfer leaves tensors of which some are new and some are old.
-
-    Args:
-        tensors: mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
-            views are fine. Two names may have one tensor (tied weights).
-        partial: whether a transfer may leave out some of the names; otherwise that is an error.
+def checked_destinations(
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+) -> dict[str, torch.Tensor]:
+    """Named memory that may be written in place.
 
     Raises:
         ManifestError: a name is empty or occurs twice.
@@ -32,80 +25,99 @@ class TensorTarget:
             `tensor.detach()`), is read-only, overlaps itself or can't be written as bytes; the
             message names it.
     """
+    checked: dict[str, torch.Tensor] = {}
+    for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        if type(name) is not str or not name:
+            raise ManifestError(f"tensor name must be a non-empty string, got {name!r}")
+        if name in checked:
+            raise ManifestError(f"duplicate tensor name {name!r}")
+        try:
+            tensor = as_destination(array)
+            describe_tensors([tensor], tensor.device)
+        except TensorError as error:
+            raise TensorError(f"tensor {name!r}: {error}") from error
+        if tensor.requires_grad:
+            raise TensorError(
+                f"tensor {name!r} requires grad and can't be written in place: pass its detach()"
+            )
+        checked[name] = tensor
+    return checked
+
+
+class TensorTarget:
+    """In-place destinations by name. Their addresses never change.
+
+    A failed transfer leaves tensors of which some are new and some are old; `StagedTarget` around
+    this one prevents that.
+
+    Args:
+        tensors: mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
+            views are fine. Two names may have one tensor (tied weights).
+        partial: whether a transfer may leave out some of the names; otherwise that is an error.
+
+    Raises:
+        ManifestError, TensorError: as `checked_destinations`.
+    """
 
     fixed_destinations = True
 
     def __init__(
         self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], *, partial: bool = False
     ) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors = checked_destinations(tensors)
         self._partial = partial
-        for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            if type(name) is not str or not name:
-                raise ManifestError(f"tensor name must be a non-empty string, got {name!r}")
-            if name in self._tensors:
-                raise ManifestError(f"duplicate tensor name {name!r}")
-            try:
-                tensor = as_destination(array)
-                describe_tensors([tensor], tensor.device)
-            except TensorError as error:
-                raise TensorError(f"tensor {name!r}: {error}") from error
-            if tensor.requires_grad:
-                raise TensorError(
-                    f"tensor {name!r} requires grad and can't be written in place: "
-                    "pass its detach()"
-                )
-            self._tensors[name] = tensor
 
-    def check(self, manifest: Manifest) -> None:
-        """Compare with everything that will be received, before any data.
+    def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
+        """The tensor of each name, and those of the names that are tied to it.
 
         Raises:
             ManifestError: lists unknown, missing and mismatched tensors, up to ten of them.
         """
-        problems = []
+        tied: dict[str, list[str]] = {}
+        for name, sent_as in manifest.attributes.get("tied", {}).items():
+            if name in self._tensors:
+                tied.setdefault(sent_as, []).append(name)
+        problems: list[str] = []
+        placed: list[Sequence[Part]] = []
         for spec in manifest.specs:
-            try:
-                self.destination(spec.name, getattr(torch, spec.dtype), spec.shape)
-            except ManifestError as error:
-                problems.append(str(error))
-        problems += self._missing({spec.name for spec in manifest.specs})
-        self._raise(problems)
+            aliases = tied.get(spec.name, [])
+            names = [spec.name] if spec.name in self._tensors or not aliases else []
+            names += aliases
+            problems += filter(None, (self._mismatch(name, spec) for name in names))
+            tensors = [self._tensors[name] for name in names if name in self._tensors]
+            placed.append([Part(tensor) for tensor in _distinct(tensors)])
+        problems += self._missing(
+            {*manifest.by_name, *(n for names in tied.values() for n in names)}
+        )
+        if problems:
+            raise ManifestError(listed(problems))
+        return placed
 
-    def destination(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor of this name.
+    def commit(self, manifest: Manifest) -> None:
+        """Nothing is left to do: the data is where it belongs."""
 
-        Raises:
-            ManifestError: there is none, or its dtype or shape differs.
-        """
+    def _mismatch(self, name: str, spec: TensorSpec) -> str | None:
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise ManifestError(f"no destination for tensor {name!r}")
-        if tensor.dtype != dtype or tensor.shape != shape:
-            raise ManifestError(
-                f"tensor {name!r} is received as {dtype_name(dtype)} {tuple(shape)}, "
-                f"its destination is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+            return f"no destination for tensor {name!r}"
+        found = (dtype_name(tensor.dtype), tuple(tensor.shape))
+        if found != (spec.dtype, spec.shape):
+            return (
+                f"tensor {name!r} is received as {spec.dtype} {spec.shape}, "
+                f"its destination is {found[0]} {found[1]}"
             )
-        return tensor
+        return None
 
-    def finish(self, received: set[str]) -> None:
-        """Compare with what was received.
-
-        Raises:
-            ManifestError: some destinations got nothing; lists them, up to ten.
-        """
-        self._raise(self._missing(received))
-
-    def _missing(self, received: set[str]) -> list[str]:
-        if self._partial or self._tensors.keys() <= received:
+    def _missing(self, sent: set[str]) -> list[str]:
+        if self._partial:
             return []
-        return [f"tensor {name!r} is not sent" for name in self._tensors if name not in received]
-
-    def _raise(self, problems: list[str]) -> None:
-        if not problems:
-            return
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ManifestError("; ".join(problems[:_LISTED]) + more)
+        return [f"tensor {name!r} is not sent" for name in self._tensors if name not in sent]
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Without those that are the memory of an earlier one: tied weights."""
+    found = {(t.data_ptr(), t.shape, t.stride()): t for t in reversed(tensors)}
+    return list(reversed(found.values()))

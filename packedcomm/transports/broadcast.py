@@ -15,15 +15,23 @@ from typing import Any
 import torch
 
 from packedcomm.communicators.base import Communicator
-from packedcomm.errors import ArgumentError, ConfigMismatch, ContextLost, CudaError
+from packedcomm.endpoints import Target
+from packedcomm.errors import (
+    ArgumentError,
+    ConfigMismatch,
+    ContextLost,
+    CudaError,
+    ManifestError,
+)
 from packedcomm.events import OnEvent
+from packedcomm.manifest import Manifest, TensorSpec
 from packedcomm.planning.chunks import Cut, WireFormat, chunk_rule
 from packedcomm.settings import DEFAULTS
-from packedcomm.transports.receiving import Receiving, Target
+from packedcomm.transports.receiving import Receiving
 from packedcomm.transports.sending import PostIter, Sending
 from packedcomm.transports.slots import PIPELINES, group_device, indexed
 
-__all__ = ["broadcast_consumer", "broadcast_producer"]
+__all__ = ["abort_on_failure", "broadcast_consumer", "broadcast_producer"]
 
 PostUnpack = Callable[[list[tuple[str, torch.Tensor]]], Any]
 
@@ -79,8 +87,8 @@ def broadcast_producer(
     rank = getattr(group, "rank", src)
     if isinstance(rank, int) and rank != src:
         raise ArgumentError(f"broadcast_producer: called on rank {rank}, but src is {src}")
-    with _abort_on_failure(group, "broadcast_producer"):
-        Sending(group, src, cut, post_iter_func).run(iterator, num_buffers, on_event)
+    with abort_on_failure(group, "broadcast_producer"):
+        Sending(group, src, cut).run(iterator, post_iter_func, num_buffers, on_event)
 
 
 def broadcast_consumer(
@@ -124,8 +132,7 @@ def broadcast_consumer(
         CudaError: `device` is a GPU that this process doesn't have.
         ManifestError: a name is empty or occurs twice, a dtype is unknown, a shape is negative or
             overflows, or the target refuses a tensor: before any data when `iterator` is a
-                Manifest,
-            before the tensor's chunk otherwise.
+            Manifest or there is a target, before the tensor's chunk otherwise.
         TensorError: a destination can't be written.
         CapacityError: no memory for the buffers.
         DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
@@ -142,11 +149,27 @@ def broadcast_consumer(
     if getattr(group, "rank", None) == src:
         raise ArgumentError(f"broadcast_consumer: called on rank {src}, which is src itself")
     where = _receiving_device(device, group)
-    with (
-        _abort_on_failure(group, "broadcast_consumer"),
-        PIPELINES.borrow(group, where, num_buffers) as pipeline,
-    ):
-        Receiving(pipeline, group, src, cut, post_unpack_func, on_event).run(iterator)
+    with abort_on_failure(group, "broadcast_consumer"):
+        metadata = iterator
+        if isinstance(post_unpack_func, Target) and not isinstance(metadata, Manifest):
+            metadata = _manifest(metadata)
+        with PIPELINES.borrow(group, where, num_buffers) as pipeline:
+            Receiving(pipeline, group, src, cut, post_unpack_func, on_event).run(metadata)
+        if isinstance(post_unpack_func, Target) and isinstance(metadata, Manifest):
+            post_unpack_func.commit(metadata)
+
+
+def _manifest(metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Manifest:
+    specs = []
+    for index, item in enumerate(metadata):
+        try:
+            name, (shape, dtype) = item
+        except (TypeError, ValueError):
+            raise ManifestError(
+                f"item {index} is {item!r}, expected (name, (shape, dtype))"
+            ) from None
+        specs.append(TensorSpec(name, dtype, shape))
+    return Manifest(specs)
 
 
 def _checked_arguments(
@@ -183,7 +206,8 @@ def _receiving_device(device: torch.device | str | int, group: Any) -> torch.dev
 
 
 @contextmanager
-def _abort_on_failure(group: Any, operation: str) -> Iterator[None]:
+def abort_on_failure(group: Any, operation: str) -> Iterator[None]:
+    """What fails inside ends the group, if it is a `Communicator`, and is raised."""
     try:
         yield
     except BaseException as error:

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
-from packedcomm.communicators.base import Communicator
-from packedcomm.copying import describe_tensors, unpack_from
+from packedcomm.communicators.base import Communicator, Operands
+from packedcomm.copying import Part, TensorRecord, unpack_from
+from packedcomm.endpoints import Target
 from packedcomm.errors import ManifestError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
+from packedcomm.transports.chunk_plans import ChunkPlan, entry_of, plan_chunk
 from packedcomm.transports.lanes import Mark, Work, synchronize
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.sending import broadcast_all, check_name
-from packedcomm.transports.slots import COPY_BLOCKS, Pipeline, Slot
+from packedcomm.transports.slots import Pipeline, Slot
 
-__all__ = ["Receiving", "Target"]
+__all__ = ["Receiving", "TargetPlan"]
 
 # Plans kept for a target and a group: a full sync and a few partial ones, in either format.
 _KEPT_PLANS = 8
 
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
-
-
-@runtime_checkable
-class Target(Protocol):
-    """Where received tensors are written in place, by one batched copy per chunk or by receiving
-    straight into them.
-
-    A target whose `destination` gives the same tensors for ever says so by an attribute
-    `fixed_destinations = True`: `check` and `destination` are then called once per manifest and
-    group, not at every transfer.
-    """
-
-    def check(self, manifest: Manifest) -> None:
-        """Called before any data when the whole manifest is known; raises `ManifestError`."""
-
-    def destination(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor, or strided view, of this dtype and shape to write; raises `ManifestError`."""
-
-    def finish(self, received: set[str]) -> None:
-        """Called at the end of every transfer with the names received, when the caller's stream is
-        ordered after the data; raises `ManifestError`."""
 
 
 @lru_cache(maxsize=256)
@@ -73,20 +54,16 @@ def _drop(items: list[tuple[str, torch.Tensor]]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class DestinedChunk:
-    """A chunk whose tensors have destinations."""
-
-    chunk: Chunk
-    names: list[str]
-    tensors: list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
 class TargetPlan:
     """All chunks of a manifest with their destinations."""
 
-    chunks: list[DestinedChunk]
-    names: set[str]
+    chunks: list[ChunkPlan]
+    parts: Sequence[Sequence[Part]]
+    """By tensor, as the target placed them."""
+    destinations: list[torch.Tensor]
+    """The memory of all parts, in order."""
+    record: TensorRecord
+    """Where that was when the plan was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +94,9 @@ class Receiving:
         self._group = group
         self._src = src
         self._cut = cut
-        self._target: Target | None = None
+        self._receiver = receiver
         self._callback: Callback = _drop
-        if isinstance(receiver, Target):
-            self._target = receiver
-        elif receiver is not None:
-            self._callback = receiver
+        self._placed: TargetPlan | None = None
         self._progress = Progress({"wire": pipeline.wire, "unpack": pipeline.copy}, on_event)
         self._pulled: dict[int, Spec] = {}
         self._seen: set[str] = set()
@@ -135,15 +109,22 @@ class Receiving:
         self._lent: deque[Mark] = deque()
 
     def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
-        """Receive every tensor that the metadata describes."""
+        """Receive every tensor that the metadata describes. A target isn't committed."""
         try:
             with self._progress:
-                if self._target is None:
-                    self._run_for_callback(metadata)
+                if isinstance(self._receiver, Target):
+                    assert isinstance(metadata, Manifest)
+                    plan = self._placed or self.place(metadata)
+                    for chunk_plan in plan.chunks:
+                        self._receive_into(chunk_plan)
+                        self._progress.moved(chunk_plan.chunk)
                 else:
-                    self._run_into(metadata, self._target)
+                    self._callback = self._receiver or _drop
+                    self._run_for_callback(metadata)
+                self._deliver()
+                self._pipeline.caller.wait_for(self._done)
         finally:
-            # It refers back to this object; buffers must not wait for the garbage collector.
+            # They refer back to this object; buffers must not wait for the garbage collector.
             self._arriving = None
 
     def _run_for_callback(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
@@ -151,50 +132,52 @@ class Receiving:
             specs = [self._pulled.pop(i) for i in chunk.indices]
             self._receive_for_callback(chunk, specs)
             self._progress.moved(chunk)
-        self._deliver()
-        self._pipeline.caller.wait_for(self._done)
 
-    def _run_into(self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target) -> None:
-        if isinstance(metadata, Manifest):
-            plan = self._plan(metadata, target)
-            chunks: Iterable[DestinedChunk] = plan.chunks
-            self._seen = plan.names
-        else:
-            chunks = self._destine(metadata, target)
-        for destined in chunks:
-            self._receive_into(destined)
-            self._progress.moved(destined.chunk)
-        self._deliver()
-        self._pipeline.caller.wait_for(self._done)
-        target.finish(self._seen)
-
-    def _plan(self, manifest: Manifest, target: Target) -> TargetPlan:
-        """Everything about a manifest and a target, checked before any data.
+    def place(self, manifest: Manifest) -> TargetPlan:
+        """Plan everything about a manifest and the target; raises before any data.
 
         Kept for targets whose destinations are fixed: their later transfers cost no Python per
-        tensor.
+        tensor, only a native look at whether the memory is where it was.
         """
+        target = self._receiver
+        assert isinstance(target, Target)
         key = (manifest.digest, self._cut)
         kept: dict[Any, TargetPlan] = {}
         if getattr(target, "fixed_destinations", False):
             kept = self._pipeline.plans.setdefault(target, {})
-        if key not in kept:
-            target.check(manifest)
-            chunks = list(self._destine(manifest, target))
-            for destined in chunks:
-                describe_tensors(destined.tensors, self._pipeline.device, destined.names)
+        plan = kept.get(key)
+        if plan is None or plan.record.first_change(plan.destinations) >= 0:
+            kept.pop(key, None)
+            plan = self._new_plan(manifest, target)
             if len(kept) >= _KEPT_PLANS:
                 del kept[next(iter(kept))]
-            kept[key] = TargetPlan(chunks, self._seen)
-        return kept[key]
+            kept[key] = plan
+        self._placed = plan
+        return plan
 
-    def _destine(
-        self, metadata: Iterable[tuple[str, tuple[Any, Any]]], target: Target
-    ) -> Iterator[DestinedChunk]:
-        for chunk in self._cut(self._sizes(metadata)):
-            specs = [self._pulled.pop(i) for i in chunk.indices]
-            tensors = [target.destination(*spec) for spec in specs]
-            yield DestinedChunk(chunk, [name for name, _, _ in specs], tensors)
+    def _new_plan(self, manifest: Manifest, target: Target) -> TargetPlan:
+        parts = target.place(manifest)
+        if len(parts) != len(manifest):
+            raise ManifestError(
+                f"the target placed {len(parts)} tensors, the manifest has {len(manifest)}"
+            )
+        names = list(manifest.by_name)
+        entries = [
+            entry_of(spec, pieces) for spec, pieces in zip(manifest.specs, parts, strict=True)
+        ]
+        chunks = []
+        for chunk in self._cut(spec.nbytes for spec in manifest.specs):
+            chunks.append(
+                plan_chunk(
+                    chunk,
+                    [entries[i] for i in chunk.indices],
+                    [names[i] for i in chunk.indices],
+                    self._pipeline.device,
+                    sending=False,
+                )
+            )
+        destinations = [part.tensor for pieces in parts for part in pieces]
+        return TargetPlan(chunks, parts, destinations, TensorRecord(destinations))
 
     def _sizes(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Iterator[int]:
         """Pull descriptions, remember them by position, yield their sizes in bytes."""
@@ -216,12 +199,10 @@ class Receiving:
                 raise ManifestError(f"tensor {name!r}: {error}") from None
             yield nbytes
 
-    def _receive(
-        self, tensors: list[torch.Tensor], deliver: Work | None, slot: Slot | None = None
-    ) -> None:
+    def _receive(self, operands: Operands, deliver: Work | None, slot: Slot | None = None) -> None:
         """Receive into contiguous tensors; then, after the chunk before, deliver."""
         received = self._pipeline.wire.run(
-            lambda: broadcast_all(self._group, tensors, self._src),
+            lambda: broadcast_all(self._group, operands, self._src),
             # The caller's mark covers earlier users of the destinations and of the slot's memory.
             after=(self._pipeline.caller.mark(), None if slot is None else slot.free),
         )
@@ -230,14 +211,14 @@ class Receiving:
         if not self._ahead:
             self._deliver()
 
-    def _receive_packed(self, chunk: Chunk, deliver: Callable[[Slot, torch.Tensor], None]) -> None:
+    def _slot_for(self, nbytes: int) -> tuple[Slot, torch.Tensor]:
+        """The next slot, once what it held before is delivered."""
         slot = self._pipeline.next_slot()
         if self._arriving is not None and self._arriving.slot is slot:
             self._deliver()
         if slot.buffer is None:
             self._await_earlier_buffers()
-        buffer = self._pipeline.reserve(slot, chunk.nbytes)
-        self._receive([buffer], lambda: deliver(slot, buffer), slot)
+        return slot, self._pipeline.reserve(slot, nbytes)
 
     def _deliver(self) -> None:
         before, self._arriving = self._arriving, None
@@ -266,39 +247,17 @@ class Receiving:
 
     # Into a target.
 
-    def _receive_into(self, destined: DestinedChunk) -> None:
-        chunk, names, tensors = destined.chunk, destined.names, destined.tensors
-        if chunk.direct or len(tensors) == 1:
-            rows = describe_tensors(tensors, self._pipeline.device, names)
-            aside = [i for i, (_, _, contiguous) in enumerate(rows) if not contiguous]
-            if chunk.direct or not aside:
-                self._receive_direct(destined, aside)
-                return
-        self._receive_packed(
-            chunk,
-            lambda _, buffer: unpack_from(
-                buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
-            ),
-        )
-
-    def _receive_direct(self, destined: DestinedChunk, aside: list[int]) -> None:
-        """Receive each tensor in its own memory; those at `aside` aren't contiguous and are filled
-        from buffers afterwards."""
-        chunk, names, tensors = destined.chunk, destined.names, destined.tensors
-        if not aside:
-            self._receive(tensors, None)
+    def _receive_into(self, plan: ChunkPlan) -> None:
+        if not plan.slot_bytes:
+            self._receive(plan.operands(None, self._pipeline.device), None)
             return
-        self._await_earlier_buffers()
-        received = list(tensors)
-        for i in aside:
-            received[i] = self._pipeline.allocate(chunk.sizes[i])
+        slot, buffer = self._slot_for(plan.slot_bytes)
 
-        def scatter() -> None:
-            for i in aside:
-                size = chunk.sizes[i]
-                unpack_from(received[i], [tensors[i]], [0], [size], [names[i]], blocks=COPY_BLOCKS)
+        def unpack() -> None:
+            for copies in plan.copies:
+                copies.run(buffer)
 
-        self._receive(received, scatter)
+        self._receive(plan.operands(slot, self._pipeline.device), unpack, slot)
 
     # For a callback.
 
@@ -309,9 +268,12 @@ class Receiving:
                 (name, self._pipeline.allocate(size).view(dtype).view(shape))
                 for (name, dtype, shape), size in zip(specs, chunk.sizes, strict=True)
             ]
-            self._receive([tensor for _, tensor in items], lambda: self._call(items))
+            operands = Operands.of([t for _, t in items], self._pipeline.device, "broadcast")
+            self._receive(operands, lambda: self._call(items))
         else:
-            self._receive_packed(chunk, lambda slot, _: self._show(slot, chunk, specs))
+            slot, buffer = self._slot_for(chunk.nbytes)
+            operands = Operands.of([buffer], self._pipeline.device, "broadcast")
+            self._receive(operands, lambda: self._show(slot, chunk, specs), slot)
 
     def _call(self, items: list[tuple[str, torch.Tensor]]) -> None:
         self._callback(items)

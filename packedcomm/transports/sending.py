@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 
-from packedcomm.communicators.base import Communicator, Pending, contiguous_bytes
-from packedcomm.copying import as_tensor, contiguous_copy, describe_tensors, pack_into
+from packedcomm.communicators.base import Communicator, Operands, Pending
+from packedcomm.copying import Part, as_tensor
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
+from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import Chunk, Cut
+from packedcomm.transports.chunk_plans import ChunkPlan, Entry, entry_of, plan_chunk
 from packedcomm.transports.lanes import Mark
 from packedcomm.transports.progress import Progress
-from packedcomm.transports.slots import COPY_BLOCKS, PIPELINES, Pipeline, group_device
+from packedcomm.transports.slots import PIPELINES, Pipeline, Slot, group_device
 
-__all__ = ["PostIter", "Sending", "broadcast_all", "check_name"]
+__all__ = ["Inspect", "PostIter", "Sending", "broadcast_all", "check_name"]
 
 PostIter = Callable[[tuple[str, Any]], Any]
+
+Inspect = Callable[[Sequence[int], Sequence[Entry]], None]
+"""Called for each chunk in the copy lane (on a GPU with its stream current), with the positions of
+its tensors and where they are; may read them by work on that stream."""
 
 
 def check_name(name: Any, seen: set[str]) -> None:
@@ -32,15 +38,15 @@ def check_name(name: Any, seen: set[str]) -> None:
     seen.add(name)
 
 
-def broadcast_all(group: Any, tensors: list[torch.Tensor], src: int) -> Pending | None:
+def broadcast_all(group: Any, operands: Operands, src: int) -> Pending | None:
     """Broadcast contiguous tensors, as one group of operations over a communicator of ours.
 
     Returns what is still under way, if the group works in the background.
     """
     if isinstance(group, Communicator):
-        return group.start_broadcast(tensors, src)
-    for tensor in tensors:
-        group.broadcast(contiguous_bytes(tensor, "broadcast"), src=src)
+        return group.start_broadcast(operands, src)
+    for tensor in operands.as_bytes():
+        group.broadcast(tensor, src=src)
     return None
 
 
@@ -56,60 +62,160 @@ class ChunkNames:
 
 
 class Sending:
-    """One call of the producer: chunks are pulled from the iterator on the caller's stream or
-    thread, packed in the copy lane and broadcast in the wire lane."""
+    """One call of the producer: chunks are pulled on the caller's stream or thread, packed in the
+    copy lane and broadcast in the wire lane."""
 
-    def __init__(self, group: Any, src: int, cut: Cut, post_iter_func: PostIter | None) -> None:
+    def __init__(self, group: Any, src: int, cut: Cut, inspect: Inspect | None = None) -> None:
         self._group = group
         self._src = src
         self._cut = cut
-        self._post_iter_func = post_iter_func
+        self._inspect = inspect
         self._names: list[str] = []
-        self._pulled: dict[int, torch.Tensor] = {}
+        self._pulled: dict[int, Entry] = {}
         self._pipeline: Pipeline
         # Broadcasts that may still be under way: one per slot, and one in place.
         self._sent: deque[Mark]
 
     def run(
-        self, iterator: Iterable[tuple[str, Any]], num_buffers: int, on_event: OnEvent | None
+        self,
+        iterator: Iterable[tuple[str, Any]],
+        post_iter_func: PostIter | None,
+        num_buffers: int,
+        on_event: OnEvent | None,
     ) -> None:
-        """Send everything."""
-        sizes = self._sizes(iterator)
+        """Send named tensors as they come."""
+        sizes = self._pull(iterator, post_iter_func)
         first = next(sizes, None)
         if first is None:
             return
-        device = group_device(self._group) or self._pulled[0].device
+        device = group_device(self._group)
+        if device is None:
+            entry = self._pulled[0]
+            assert isinstance(entry, torch.Tensor)
+            device = entry.device
         if device.type not in ("cpu", "cuda"):
             raise TensorError(
                 f"tensor {self._names[0]!r} is on {device}, expected a cpu or cuda device"
             )
+        self._run(device, lambda: self._plans(chain((first,), sizes)), num_buffers, on_event)
+
+    def run_parts(
+        self,
+        manifest: Manifest,
+        parts: Iterable[Sequence[Part]],
+        device: torch.device,
+        num_buffers: int,
+        on_event: OnEvent | None,
+        keep_for: object | None = None,
+    ) -> None:
+        """Send what a manifest describes, from the parts that come for each of its tensors.
+
+        Args:
+            manifest: the tensors, in order.
+            parts: for each of them the parts that make it up.
+            device: the group's device.
+            num_buffers: slots.
+            on_event: as for `broadcast_producer`.
+            keep_for: an object that lives as long as the parts stay where they are: the plan is
+                kept with it, and `parts` isn't looked at again.
+        """
+
+        def plans() -> Iterable[ChunkPlan]:
+            made = self._plans(self._pull_parts(manifest, parts))
+            if keep_for is None:
+                return made
+            kept = self._pipeline.plans.setdefault(keep_for, {})
+            key = (manifest.digest, self._cut)
+            if key not in kept:
+                kept[key] = list(made)
+            plans: list[ChunkPlan] = kept[key]
+            return plans
+
+        self._names = list(manifest.by_name)
+        self._run(device, plans, num_buffers, on_event)
+
+    def _run(
+        self,
+        device: torch.device,
+        plans: Callable[[], Iterable[ChunkPlan]],
+        num_buffers: int,
+        on_event: OnEvent | None,
+    ) -> None:
         with PIPELINES.borrow(self._group, device, num_buffers) as pipeline:
             self._pipeline = pipeline
             self._sent = deque(maxlen=num_buffers + 1)
             with Progress({"pack": pipeline.copy, "wire": pipeline.wire}, on_event) as progress:
-                self._send_chunks(self._cut(chain((first,), sizes)), progress)
+                for plan in plans():
+                    self._send(plan)
+                    chunk = plan.chunk
+                    # A plan that isn't kept must not hold its tensors while the next is made.
+                    del plan
+                    progress.moved(chunk)
+                for sent in self._sent:
+                    pipeline.caller.wait_for(sent)
 
-    def _send_chunks(self, chunks: Iterator[Chunk], progress: Progress) -> None:
-        caller = self._pipeline.caller
+    def _plans(self, sizes: Iterator[int]) -> Iterator[ChunkPlan]:
         pull = self._pulled.pop
-        for chunk in chunks:
-            tensors = [pull(i) for i in chunk.indices]
+        device = self._pipeline.device
+        for chunk in self._cut(sizes):
+            entries = [pull(i) for i in chunk.indices]
             names = ChunkNames(self._names, chunk.indices)
-            if self._in_place(chunk, tensors, names):
-                taken = self._broadcast(tensors, after=caller.mark())
-            else:
-                taken = self._send_packed(chunk, tensors, names)
-            # From here on the caller may free or overwrite the tensors.
-            caller.wait_for(taken)
-            del tensors
-            progress.moved(chunk)
-        for sent in self._sent:
-            caller.wait_for(sent)
+            if self._inspect is not None:
+                self._show(self._inspect, chunk, entries)
+            plan = [plan_chunk(chunk, entries, names, device, sending=True)]
+            del entries
+            # Nothing here may keep what isn't needed any more.
+            yield plan.pop()
 
-    def _sizes(self, iterator: Iterable[tuple[str, Any]]) -> Iterator[int]:
+    def _send(self, plan: ChunkPlan) -> None:
+        caller = self._pipeline.caller
+        if not plan.slot_bytes:
+            # From here on the caller may free or overwrite the tensors.
+            caller.wait_for(self._broadcast(plan, None, after=caller.mark()))
+            return
+        slot = self._pipeline.next_slot()
+        buffer = self._pipeline.reserve(slot, plan.slot_bytes)
+        packed = self._pipeline.copy.run(
+            lambda: self._pack(plan, slot, buffer),
+            # The caller's mark covers what filled the tensors and what freed the slot's memory.
+            after=(caller.mark(), slot.free),
+        )
+        slot.free = self._broadcast(plan, slot, after=packed)
+        caller.wait_for(slot.free if plan.moves_in_place else packed)
+
+    def _pack(self, plan: ChunkPlan, slot: Slot, buffer: torch.Tensor) -> None:
+        for copies in plan.copies:
+            if copies.device == buffer.device:
+                copies.run(buffer)
+                continue
+            # Host memory goes by way of pinned staging, which the copy before may still be reading.
+            staging = self._pipeline.staging(slot, plan.slot_bytes)
+            copies.run(staging)
+            for begin, end in plan.host_spans:
+                buffer[begin:end].copy_(staging[begin:end], non_blocking=True)
+            slot.staged = self._pipeline.copy.tail()
+
+    def _broadcast(self, plan: ChunkPlan, slot: Slot | None, after: Mark) -> Mark:
+        operands = plan.operands(slot, self._pipeline.device)
+        sent = self._pipeline.wire.run(
+            lambda: broadcast_all(self._group, operands, self._src), after=(after,)
+        )
+        self._sent.append(sent)
+        return sent
+
+    def _show(self, inspect: Inspect, chunk: Chunk, entries: Sequence[Entry]) -> None:
+        caller = self._pipeline.caller
+        shown = self._pipeline.copy.run(
+            lambda: inspect(chunk.indices, entries), after=(caller.mark(),)
+        )
+        caller.wait_for(shown)
+
+    def _pull(
+        self, iterator: Iterable[tuple[str, Any]], post_iter_func: PostIter | None
+    ) -> Iterator[int]:
         """Pull tensors, remember them by position, yield their sizes in bytes."""
         seen: set[str] = set()
-        names, pulled, post_iter_func = self._names, self._pulled, self._post_iter_func
+        names, pulled = self._names, self._pulled
         for index, item in enumerate(iterator):
             try:
                 name, tensor = item
@@ -130,38 +236,8 @@ class Sending:
             del item, tensor
             yield size
 
-    def _in_place(self, chunk: Chunk, tensors: list[torch.Tensor], names: ChunkNames) -> bool:
-        """Whether the chunk goes out from the tensors' own memory.
-
-        A packed chunk of one contiguous tensor has the same bytes as the tensor. In a direct chunk
-        a tensor that isn't contiguous is replaced by a contiguous copy.
-        """
-        if not chunk.direct and len(tensors) > 1:
-            return False
-        rows = describe_tensors(tensors, self._pipeline.device, names)
-        if not chunk.direct:
-            return rows[0][2]
-        for i, (_, _, contiguous) in enumerate(rows):
-            if not contiguous:
-                tensors[i] = contiguous_copy(tensors[i])
-        return True
-
-    def _send_packed(self, chunk: Chunk, tensors: list[torch.Tensor], names: ChunkNames) -> Mark:
-        slot = self._pipeline.next_slot()
-        buffer = self._pipeline.reserve(slot, chunk.nbytes)
-        packed = self._pipeline.copy.run(
-            lambda: pack_into(
-                buffer, tensors, chunk.offsets, chunk.sizes, names, blocks=COPY_BLOCKS
-            ),
-            # The caller's mark covers what filled the tensors and what freed the slot's memory.
-            after=(self._pipeline.caller.mark(), slot.free),
-        )
-        slot.free = self._broadcast([buffer], after=packed)
-        return packed
-
-    def _broadcast(self, tensors: list[torch.Tensor], after: Mark) -> Mark:
-        sent = self._pipeline.wire.run(
-            lambda: broadcast_all(self._group, tensors, self._src), after=(after,)
-        )
-        self._sent.append(sent)
-        return sent
+    def _pull_parts(self, manifest: Manifest, parts: Iterable[Sequence[Part]]) -> Iterator[int]:
+        for index, (spec, pieces) in enumerate(zip(manifest.specs, parts, strict=True)):
+            self._pulled[index] = entry_of(spec, pieces)
+            del pieces
+            yield spec.nbytes

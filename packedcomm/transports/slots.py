@@ -5,13 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from packedcomm.communicators.base import Communicator
+from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.errors import CapacityError
 from packedcomm.transports.lanes import (
     Caller,
@@ -21,6 +20,7 @@ from packedcomm.transports.lanes import (
     Lane,
     Mark,
     StreamLane,
+    synchronize,
 )
 
 __all__ = [
@@ -55,12 +55,23 @@ def indexed(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-@dataclass(slots=True)
 class Slot:
     """One buffer of a pipeline. `free` is the end of the last work that touches it."""
 
-    buffer: torch.Tensor | None = None
-    free: Mark = None
+    def __init__(self) -> None:
+        self.buffer: torch.Tensor | None = None
+        self.free: Mark = None
+        # Pinned memory beside the buffer, where host memory is sent by a GPU, and the end of the
+        # last copy out of it.
+        self.staging: torch.Tensor | None = None
+        self.staged: Mark = None
+        # What chunk plans broadcast from or into this very buffer.
+        self.operands: weakref.WeakKeyDictionary[Any, Operands] = weakref.WeakKeyDictionary()
+
+    def drop_buffer(self) -> None:
+        """Refer to the buffer no more."""
+        self.buffer = None
+        self.operands.clear()
 
 
 class Pipeline:
@@ -82,7 +93,7 @@ class Pipeline:
             self.wire = InlineLane()
             self.copy = InlineLane()
         self.slots: list[Slot] = []
-        # What a receiver worked out for a manifest and a target, see `Receiving`.
+        # Chunk plans that are kept with a target or with a source's snapshot.
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._next = 0
 
@@ -108,9 +119,27 @@ class Pipeline:
         if slot.buffer is None or slot.buffer.nbytes < nbytes:
             # The old buffer goes before the new one comes, so that both needn't fit. Work that is
             # still under way on it keeps it, through its reference or the allocator's streams.
-            slot.buffer = None
+            slot.drop_buffer()
             slot.buffer = self.allocate(-(-nbytes // _GRAIN_BYTES) * _GRAIN_BYTES)
         return slot.buffer[:nbytes]
+
+    def staging(self, slot: Slot, nbytes: int) -> torch.Tensor:
+        """Pinned host memory of a slot, once the last copy out of it has ended.
+
+        Raises:
+            CapacityError: no memory that could be pinned.
+        """
+        synchronize(slot.staged)
+        if slot.staging is None or slot.staging.nbytes < nbytes:
+            slot.staging = None
+            try:
+                slot.staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                raise CapacityError(
+                    f"no pinned memory of {nbytes:,} bytes to stage tensors of the host: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        return slot.staging[:nbytes]
 
     def lend(
         self, slot: Slot, nbytes: int
@@ -126,7 +155,7 @@ class Pipeline:
         if slot.buffer is not None and isinstance(self.caller, CallerStream):
             # It may have been allocated while another stream of the caller's was current.
             slot.buffer.record_stream(self.caller.stream)
-        slot.buffer = None
+        slot.drop_buffer()
 
     def settle(self) -> None:
         """After a failure: let the caller's later work come after whatever is still under way."""

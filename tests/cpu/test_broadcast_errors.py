@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from packedcomm import Manifest, TensorSpec, TensorTarget, broadcast_consumer, broadcast_producer
+from packedcomm.copying import Part
 from packedcomm.communicators.base import Communicator, contiguous_bytes
 from packedcomm.errors import (
     ArgumentError,
@@ -200,7 +201,7 @@ def test_the_list_of_disagreements_is_capped():
     target = TensorTarget({})
     manifest = Manifest(TensorSpec(f"t{i}", "int8", (1,)) for i in range(100))
     with pytest.raises(ManifestError, match="and 90 more"):
-        target.check(manifest)
+        target.place(manifest)
 
 
 def test_destinations_left_without_data_are_an_error_unless_partial():
@@ -268,11 +269,10 @@ def test_a_destination_that_overlaps_itself_is_refused_by_name():
 
 def test_destinations_on_another_device_are_refused_before_any_byte():
     class MetaTarget:
-        def check(self, manifest): ...
-        def destination(self, name, dtype, shape):
-            return torch.empty(shape, dtype=dtype, device="meta")
+        def place(self, manifest):
+            return [[Part(torch.empty(spec.shape, device="meta"))] for spec in manifest.specs]
 
-        def finish(self, received): ...
+        def commit(self, manifest): ...
 
     group = RecordingGroup()
     manifest = Manifest.from_tensors({"a": torch.ones(2), "b": torch.ones(2)})
@@ -305,12 +305,11 @@ def test_a_target_whose_destinations_move_is_asked_every_time():
         def __init__(self):
             self.live, self.next = torch.zeros(4), torch.zeros(4)
 
-        def check(self, manifest): ...
-        def destination(self, name, dtype, shape):
-            return self.next
+        def place(self, manifest):
+            return [[Part(self.next)]]
 
-        def finish(self, received):
-            assert received == {"good"}
+        def commit(self, manifest):
+            assert list(manifest.by_name) == ["good"]
             self.live, self.next = self.next, self.live
 
     sent = RecordingGroup()
@@ -332,3 +331,31 @@ def test_a_kept_plan_still_reports_what_was_not_sent():
     for _ in range(2):
         with pytest.raises(ManifestError, match="'forgotten' is not sent"):
             broadcast_consumer(manifest, group, 0, target, device="cpu")
+
+
+def test_a_destination_that_was_replaced_is_never_written_at_its_old_place():
+    parameter = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    before = parameter.data
+    sent = RecordingGroup()
+    for value in (1.0, 2.0):
+        broadcast_producer([("good", torch.full((4,), value))], sent)
+    target = TensorTarget({"good": parameter})
+    group = ReplayingGroup(sent.sent)
+    manifest = Manifest.from_tensors({"good": parameter})
+    broadcast_consumer(manifest, group, 0, target, device="cpu")
+    parameter.data = torch.zeros(4)
+    broadcast_consumer(manifest, group, 0, target, device="cpu")
+    assert before.tolist() == [1.0] * 4
+    assert parameter.tolist() == [2.0] * 4
+
+
+def test_a_target_that_places_too_few_tensors_is_an_error():
+    class Forgetful:
+        def place(self, manifest):
+            return []
+
+        def commit(self, manifest): ...
+
+    manifest = Manifest.from_tensors({"a": torch.ones(2)})
+    with pytest.raises(ManifestError, match="placed 0 tensors, the manifest has 1"):
+        broadcast_consumer(manifest, RecordingGroup(), 0, Forgetful(), device="cpu")

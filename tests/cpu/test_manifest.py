@@ -148,8 +148,10 @@ def test_settings_come_from_the_environment_only_when_asked():
         ("PACKEDCOMM_NUM_BUFFERS", "0"),
         ("PACKEDCOMM_CONNECT_TIMEOUT_S", "nan"),
         ("PACKEDCOMM_BUFFER_SIZE_BYTES", "-1"),
+        ("PACKEDCOMM_MAX_FRAME_BYTES", "0"),
+        ("PACKEDCOMM_CONTROL_TIMEOUT_S", "0"),
     ],
 )
 def test_a_bad_variable_is_refused_by_name(variable, value):
-    with pytest.raises(ArgumentError, match=r"NUM_BUF|num_buf|timeout|buffer_size"):
+    with pytest.raises(ArgumentError, match=r"NUM_BUF|num_buf|timeout|buffer_size|max_frame"):
         Settings.from_environment({variable: value})

@@ -19,7 +19,7 @@ from typing import Any
 
 from packedcomm.communicators.rendezvous import Listener
 
-__all__ = ["AddressBox", "run_ranks"]
+__all__ = ["AddressBox", "pipes", "run_ranks"]
 
 # Once a rank has failed, the others get this long to finish or fail by themselves.
 GRACE_S = 10.0
@@ -27,6 +27,11 @@ GRACE_S = 10.0
 _context = multiprocessing.get_context("forkserver")
 # The server imports these once and never touches CUDA, so that its forks may.
 _context.set_forkserver_preload(["torch", "packedcomm.communicators", __name__])
+
+
+def pipes(world_size: int) -> list[tuple[Connection, Connection]]:
+    """A one-way pipe (reading end, writing end) for each rank, to pass to `run_ranks`."""
+    return [_context.Pipe(duplex=False) for _ in range(world_size)]
 
 
 class AddressBox:
@@ -38,7 +43,7 @@ class AddressBox:
 
     def __init__(self, world_size: int, host: str = "127.0.0.1") -> None:
         self._host = host
-        self._pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        self._pipes = pipes(world_size)
 
     def endpoint(self, rank: int, timeout_s: float = 30.0) -> Listener | str:
         """A new `Listener` on rank 0, its address on every other rank."""

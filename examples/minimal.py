@@ -1,0 +1,48 @@
+"""Sync a model's weights from a trainer to a server, each in a process of its own.
+
+    python examples/minimal.py
+
+On a machine with two GPUs the weights go over NCCL, otherwise over Gloo.
+"""
+
+import secrets
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
+
+
+def make_model(device):
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).to(device)
+
+
+def train(addresses, secret, device):
+    model = make_model(device)
+    with Session.listen("127.0.0.1:0", receivers=1, secret=secret, device=device) as session:
+        addresses.put(session.address)
+        sender = FullWeightSender(model, session, verify=True)
+        for step in range(3):
+            with torch.no_grad():
+                model[0].weight += 0.1  # a training step
+            print("sent     ", sender.sync(version=step).as_dict())
+
+
+def serve(addresses, secret, device):
+    model = make_model(device).requires_grad_(False)
+    with Session.connect(addresses.get(timeout=60), secret=secret, device=device) as session:
+        receiver = WeightReceiver(TensorTarget(model.state_dict()), session)
+        while result := receiver.receive():
+            print("received ", result.version, float(model[0].weight.sum()))
+
+
+if __name__ == "__main__":
+    gpus = torch.cuda.device_count() >= 2
+    context = mp.get_context("spawn")
+    addresses, secret = context.Queue(), secrets.token_hex(16)
+    server = context.Process(target=serve, args=(addresses, secret, "cuda:1" if gpus else "cpu"))
+    server.start()
+    train(addresses, secret, "cuda:0" if gpus else "cpu")
+    server.join(60)
+    raise SystemExit(server.exitcode)

@@ -1,0 +1,79 @@
+"""How a stage of a sync ends: in time, late, or because somebody else failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from packedcomm.errors import DeadlineExceeded, NcclError, PeerLost, SessionStateError
+
+__all__ = ["await_cause", "measured", "wait_for_device"]
+
+# Most transfers end within this time; sleeping would cost more than it saves.
+_SPIN_S = 0.002
+
+_SLEEP_S = 0.0002
+
+# How often peers are asked whether they are well.
+_LOOK_S = 0.05
+
+# Errors of a transport that may be what another rank's failure looks like from here, and how long
+# to wait for that rank's word.
+_MAYBE_CAUSED_ELSEWHERE = (DeadlineExceeded, NcclError, PeerLost, SessionStateError)
+_CAUSE_S = 2.0
+
+
+def wait_for_device(
+    device: torch.device, timeout_s: float, look: Callable[[], None], operation: str
+) -> None:
+    """Return when everything that the current stream has got so far is done; at once on a CPU.
+
+    Args:
+        device: the device of the stream.
+        timeout_s: deadline in seconds.
+        look: called every 50 ms; what it raises ends the wait.
+        operation: for the message.
+
+    Raises:
+        DeadlineExceeded: the work goes on, and somebody must abort what it waits for.
+    """
+    if device.type != "cuda":
+        return
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    begin = time.monotonic()
+    next_look = begin + _LOOK_S
+    while not event.query():  # type: ignore[no-untyped-call]
+        now = time.monotonic()
+        if now >= next_look:
+            look()
+            next_look = now + _LOOK_S
+        if now - begin > timeout_s:
+            raise DeadlineExceeded(f"{operation}: the GPU isn't done after {timeout_s:.3g} s")
+        if now - begin > _SPIN_S:
+            time.sleep(_SLEEP_S)
+
+
+def await_cause(error: Exception, failure: Callable[[], Exception | None]) -> Exception | None:
+    """What another rank says is behind a failure of the transport, if that can be and it says so
+    within two seconds."""
+    deadline = time.monotonic() + _CAUSE_S
+    while isinstance(error, _MAYBE_CAUSED_ELSEWHERE) and time.monotonic() < deadline:
+        cause = failure()
+        if cause is not None:
+            return cause
+        time.sleep(0.02)
+    return None
+
+
+@contextmanager
+def measured(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time that the body takes to a stage."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin

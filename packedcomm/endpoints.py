@@ -1,0 +1,34 @@
+"""The protocol of targets: what receives named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from packedcomm.copying import Part
+from packedcomm.manifest import Manifest
+
+__all__ = ["Target"]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Where received tensors are written, by one batched copy per chunk or by receiving straight
+    into them.
+
+    A target whose memory stays where it is says so by an attribute `fixed_destinations = True`:
+    `place` is then called once per manifest and group, not at every transfer.
+    """
+
+    def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
+        """For each tensor of the manifest, in order, where its boxes belong; an empty sequence
+        where nothing of it is wanted here.
+
+        Raises:
+            ManifestError: something is unknown, missing or of another shape or dtype; all of it is
+                listed, up to ten.
+        """
+
+    def commit(self, manifest: Manifest) -> None:
+        """Called when all the data is in the parts, or on a GPU when the current stream is ordered
+        after it: do what remains until it counts. What was received is described by `manifest`."""

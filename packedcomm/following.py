@@ -1,0 +1,284 @@
+"""The receiver's side of one sync: agree, receive, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from packedcomm.completion import await_cause, measured, wait_for_device
+from packedcomm.digests import DigestPlan
+from packedcomm.endpoints import Target
+from packedcomm.errors import ArgumentError, ProtocolError
+from packedcomm.events import ChunkMoved, TransferFinished
+from packedcomm.manifest import Manifest
+from packedcomm.planning.chunks import chunk_rule
+from packedcomm.results import ChangeStatistics
+from packedcomm.session import ReceiverSession
+from packedcomm.session.messages import (
+    Cancel,
+    Commit,
+    Moved,
+    NeedManifest,
+    Offer,
+    Proceed,
+    Ready,
+    Region,
+    Staged,
+)
+from packedcomm.session.remote_errors import remote_error
+from packedcomm.targets.staged import StagedTarget
+from packedcomm.transports.broadcast import abort_on_failure
+from packedcomm.transports.receiving import Receiving, TargetPlan
+from packedcomm.transports.slots import PIPELINES
+from packedcomm.verification import change_statistics, compare, regions_of, whole_regions
+
+__all__ = ["Following", "Update"]
+
+# Manifests, and what was planned for them, that are remembered.
+_KEPT_MANIFESTS = 8
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One committed sync, as a receiver saw it."""
+
+    version: int
+    tensors: int = 0
+    nbytes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    verified: bool = False
+    changed_tensors: int | None = None
+    changes: Mapping[str, ChangeStatistics] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Held:
+    """What is digested of a manifest: regions, and the memory that holds them."""
+
+    regions: tuple[Region, ...]
+    plan: TargetPlan | None
+    memory: DigestPlan | None
+    """None for a callback, whose tensors are digested as they come."""
+
+
+class ShownDigests:
+    """Wraps a callback: digests of the tensors that it is shown, by name."""
+
+    def __init__(self, version: int, callback: Callable[..., Any]) -> None:
+        self._version = version
+        self._callback = callback
+        self._found: list[tuple[list[str], torch.Tensor]] = []
+        self.digesting = False
+
+    def __call__(self, items: list[tuple[str, torch.Tensor]]) -> None:
+        if self.digesting:
+            plan = DigestPlan([tensor for _, tensor in items])
+            self._found.append(([name for name, _ in items], plan.run()))
+        self._callback(self._version, items)
+
+    def take(self, manifest: Manifest) -> list[int]:
+        """The digests in the manifest's order; waits for a GPU."""
+        found = {
+            name: digest & _MASK
+            for names, digests in self._found
+            for name, digest in zip(names, digests.tolist(), strict=True)
+        }
+        return [found[spec.name] for spec in manifest.specs]
+
+
+class Following:
+    """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
+
+    Args:
+        target: where the data goes.
+        session: the session.
+    """
+
+    def __init__(self, target: Any, session: ReceiverSession) -> None:
+        self._target = target
+        self._session = session
+        self._manifests: dict[str, Manifest] = {}
+        self._held: dict[str, Held] = {}
+        self._last_digests: dict[str, tuple[int, ...]] = {}
+        self.torn = False
+        """Whether a failure has left destinations half written."""
+        self.broken = False
+        """Whether the transport has failed, so that there can't be another sync."""
+        self.cancelled = False
+        """Whether the last failure was the sender's, who needn't be told then."""
+
+    def receive(self, offer: Offer, enter: Callable[[str], None]) -> Update:
+        """Take part in the sync that is offered, up to its commit.
+
+        Args:
+            offer: what the sender has just sent.
+            enter: told the states that this goes through.
+        """
+        session = self._session
+        self.cancelled = False
+        seconds: dict[str, float] = {}
+        with measured(seconds, "agree"):
+            manifest, offer = self._manifest(offer)
+        target = self._target
+        shown = None
+        if not isinstance(target, Target):
+            target = shown = ShownDigests(offer.version, target)
+            shown.digesting = offer.verify
+        if offer.statistics and not isinstance(target, StagedTarget):
+            raise ArgumentError(
+                "change statistics need the old weights beside the new ones: use a StagedTarget"
+            )
+
+        def note(event: ChunkMoved | TransferFinished) -> None:
+            if isinstance(event, TransferFinished):
+                seconds.update({k: v for k, v in event.seconds.items() if k != "total"})
+
+        cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
+        group = session.communicator
+        with PIPELINES.borrow(group, session.device, session.settings.num_buffers) as pipeline:
+            receiving = Receiving(pipeline, group, 0, cut, target, note)
+            with measured(seconds, "agree"):
+                plan = None if shown is not None else receiving.place(manifest)
+                known = offer.verify and self._known(manifest, plan)
+                new = offer.verify and not known
+                session.reply(Ready(self._hold(manifest, plan) if new else None))
+                self._expect(Proceed)
+            enter("receiving")
+            self._move(receiving, manifest, staged=isinstance(target, StagedTarget))
+        return self._finish(offer, manifest, target, shown, seconds, enter)
+
+    def _move(self, receiving: Receiving, manifest: Manifest, *, staged: bool) -> None:
+        # In place, old weights are overwritten from here on.
+        self.torn = not staged
+        try:
+            with abort_on_failure(self._session.communicator, "sync"):
+                receiving.run(manifest)
+                self._wait()
+        except Exception as error:
+            self.broken = True
+            cause = await_cause(error, self._session.failure)
+            if cause is not None:
+                self.cancelled = True
+                raise cause from cause.__cause__
+            raise
+
+    def _finish(
+        self,
+        offer: Offer,
+        manifest: Manifest,
+        target: Any,
+        shown: ShownDigests | None,
+        seconds: dict[str, float],
+        enter: Callable[[str], None],
+    ) -> Update:
+        session = self._session
+        changed = None
+        with measured(seconds, "verify"):
+            digests = self._digests(manifest, shown) if offer.verify else ()
+            moved = self._expect(Moved)
+            if offer.verify:
+                regions = self._held[manifest.digest].regions
+                compare(manifest, regions, moved.digests, digests)
+                changed = self._count_changed(manifest, regions, digests)
+            changes: dict[str, ChangeStatistics] = {}
+            if offer.statistics:
+                changes = change_statistics(target.staged_pairs(manifest))
+        enter("staged")
+        session.reply(Staged(dict(seconds), changes))
+        decided = self._expect(Commit)
+        if decided.version != offer.version:
+            raise ProtocolError(
+                f"the sender commits version {decided.version}, offered was {offer.version}"
+            )
+        with measured(seconds, "commit"):
+            self.torn = True
+            if shown is None:
+                target.commit(manifest)
+            self._wait()
+            self.torn = False
+        return Update(
+            offer.version,
+            len(manifest),
+            manifest.nbytes,
+            seconds,
+            offer.verify,
+            changed,
+            changes,
+        )
+
+    def _manifest(self, offer: Offer) -> tuple[Manifest, Offer]:
+        known = self._manifests.get(offer.digest)
+        if known is None and not offer.manifest:
+            self._session.reply(NeedManifest())
+            offer = self._expect(Offer)
+        if known is None:
+            known = Manifest.from_json(offer.manifest)
+            if known.digest != offer.digest:
+                raise ProtocolError(
+                    f"the offered manifest has digest {known.digest}, announced was {offer.digest}"
+                )
+            while len(self._manifests) >= _KEPT_MANIFESTS:
+                oldest = next(iter(self._manifests))
+                del self._manifests[oldest]
+                self._held.pop(oldest, None)
+            self._manifests[known.digest] = known
+        return known, offer
+
+    def _known(self, manifest: Manifest, plan: TargetPlan | None) -> bool:
+        """Whether the sender knows what is held of a manifest, and it hasn't moved."""
+        held = self._held.get(manifest.digest)
+        return held is not None and held.plan is plan
+
+    def _hold(self, manifest: Manifest, plan: TargetPlan | None) -> tuple[Region, ...]:
+        if plan is None:
+            held = Held(whole_regions(manifest), None, None)
+        else:
+            memory = DigestPlan(plan.destinations)
+            held = Held(regions_of(plan.parts), plan, memory)
+        self._held[manifest.digest] = held
+        return held.regions
+
+    def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> Sequence[int]:
+        if shown is not None:
+            return shown.take(manifest)
+        memory = self._held[manifest.digest].memory
+        assert memory is not None
+        return [digest & _MASK for digest in memory.run().tolist()]
+
+    def _count_changed(
+        self, manifest: Manifest, regions: Sequence[Region], digests: Sequence[int]
+    ) -> int | None:
+        by_name: dict[str, tuple[int, ...]] = {}
+        for region, digest in zip(regions, digests, strict=True):
+            name = manifest.specs[region.tensor].name
+            by_name[name] = (*by_name.get(name, ()), digest)
+        before = self._last_digests
+        changed = sum(before.get(name) != digest for name, digest in by_name.items())
+        self._last_digests = {**before, **by_name}
+        return changed if before else None
+
+    def _expect(self, kind: type[Any]) -> Any:
+        message = self._session.receive(self._session.settings.operation_timeout_s)
+        if isinstance(message, Cancel):
+            self.cancelled = True
+            raise remote_error(message, "cancelled by the sender")
+        if not isinstance(message, kind):
+            raise ProtocolError(
+                f"the sender sent {type(message).__name__}, expected {kind.__name__}"
+            )
+        return message
+
+    def _wait(self) -> None:
+        def look() -> None:
+            failure = self._session.failure()
+            if failure is not None:
+                raise failure
+
+        wait_for_device(
+            self._session.device, self._session.settings.operation_timeout_s, look, "sync"
+        )

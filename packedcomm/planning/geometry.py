@@ -1,0 +1,97 @@
+"""`ModelGeometry`: what of a model's dimensions decides how a rank's parameters are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from packedcomm.errors import LayoutError
+from packedcomm.layout import Box, Shard
+
+__all__ = ["ModelGeometry"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """Heads, vocabulary and experts of a model, and one rank's place among those that share it.
+
+    Args:
+        num_heads: query heads of the whole model.
+        num_kv_heads: key and value heads of the whole model; fewer than ranks are replicated.
+        head_size: elements of one head.
+        vocab_size: rows of the embedding on the wire; None takes what the tensor has.
+        num_experts: experts of a whole layer; None if the model has none or they aren't split.
+        tp_rank, tp_size: this rank and the number of ranks of tensor parallelism.
+        ep_rank, ep_size: the same of expert parallelism; where `ep_size` is above 1 an engine
+            holds whole experts, each on one rank.
+        tied_embeddings: whether the output projection is the embedding. Then an engine's
+            `lm_head` is filled from the embedding if it isn't sent, and an `lm_head` that is sent
+            beside the embedding isn't needed by an engine without one.
+
+    Raises:
+        LayoutError: a number is out of range, or heads don't divide.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int | None = None
+    num_experts: int | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "tied_embeddings":
+                continue
+            if value is None and field.name in ("vocab_size", "num_experts"):
+                continue
+            least = 0 if field.name.endswith("_rank") else 1
+            if type(value) is not int or value < least:
+                raise LayoutError(f"{field.name} must be an integer >= {least}, got {value!r}")
+        for kind in ("tp", "ep"):
+            rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
+            if rank >= size:
+                raise LayoutError(f"{kind}_rank {rank} is not below {kind}_size {size}")
+        if self.num_heads % self.num_kv_heads:
+            raise LayoutError(
+                f"{self.num_heads} query heads can't share {self.num_kv_heads} KV heads evenly"
+            )
+        if self.num_heads % self.tp_size:
+            raise LayoutError(
+                f"{self.num_heads} query heads can't be divided among {self.tp_size} ranks"
+            )
+        if self.num_kv_heads % self.tp_size and self.tp_size % self.num_kv_heads:
+            raise LayoutError(
+                f"{self.num_kv_heads} KV heads can neither be divided among {self.tp_size} ranks "
+                f"nor replicated evenly"
+            )
+        if self.num_experts is None and self.ep_size > 1:
+            raise LayoutError(f"ep_size {self.ep_size} needs num_experts")
+
+    @property
+    def kv_shards(self) -> int:
+        """Number of different shards of keys and values: ranks, or KV heads if those are fewer."""
+        return min(self.tp_size, self.num_kv_heads)
+
+    def shard_index(self, count: int) -> int:
+        """Which of `count` shards this rank holds when ranks outnumber shards: neighbours hold the
+        same one, as vLLM replicates KV heads."""
+        return self.tp_rank // (self.tp_size // count)
+
+    @property
+    def experts(self) -> range | None:
+        """Experts that this rank holds, None if their number isn't known.
+
+        Consecutive ones; where they don't divide, the first ranks hold one more, as in vLLM's
+        linear placement.
+        """
+        if self.num_experts is None:
+            return None
+        least, more = divmod(self.num_experts, self.ep_size)
+        sizes = tuple(least + (rank < more) for rank in range(self.ep_size))
+        box: Box = Shard(0, self.ep_rank, self.ep_size, sizes).box((self.num_experts,))
+        return range(box.offset[0], box.stop[0])

@@ -1,0 +1,253 @@
+"""`WeightReceiver`: takes what a sender sends into a target or a callback, version by version."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from packedcomm.endpoints import Target
+from packedcomm.errors import (
+    ArgumentError,
+    DeadlineExceeded,
+    ProtocolError,
+    RemoteError,
+    SessionStateError,
+)
+from packedcomm.following import Following, Update
+from packedcomm.results import ReceiverStatus, SyncResult
+from packedcomm.session import ReceiverSession
+from packedcomm.session.messages import Cancel, Close, Committed, Message, NoChange, Offer
+from packedcomm.session.remote_errors import remote_error
+
+__all__ = ["OnWeights", "WeightReceiver"]
+
+logger = logging.getLogger("packedcomm")
+
+OnWeights = Callable[[int, list[tuple[str, torch.Tensor]]], Any]
+"""Called with the version and named tensors, once per chunk."""
+
+# How often the background thread looks whether it is to end.
+_LOOK_S = 0.2
+
+
+class WeightReceiver:
+    """Receives syncs, either one by one (`receive`) or in a thread of its own (`start`).
+
+    `receive` belongs to one thread at a time; `status` and `close` may be called from any.
+
+    Args:
+        target: a target, such as `TensorTarget`, `StagedTarget` or `FusedTarget`; or a callback
+            `(version, [(name, tensor), ...])`, called once per chunk on the receiving thread, on a
+            GPU with a stream current on which the tensors are ready. It may keep tensors. It is
+            called before the sync is verified and committed.
+        session: the receiver's session.
+
+    Raises:
+        ArgumentError: the target is neither.
+    """
+
+    def __init__(self, target: Target | OnWeights, session: ReceiverSession) -> None:
+        if not isinstance(target, Target) and not callable(target):
+            raise ArgumentError(
+                f"target must have place and commit, or be callable, got {type(target).__name__}"
+            )
+        self.session = session
+        self._following = Following(target, session)
+        self._lock = threading.Lock()
+        self._state = "idle"
+        self._version: int | None = None
+        self._update_count = 0
+        self._last_update_time: float | None = None
+        self._error: BaseException | None = None
+        self._told = False
+        # Whether this receiver's own failure is still to be answered by the sender.
+        self._cancel_due = False
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+
+    def receive(self, timeout_s: float | None = None) -> SyncResult | None:
+        """Take part in one sync; returns when it is committed.
+
+        On a GPU the data is there for every stream, since the host has waited for it.
+
+        Args:
+            timeout_s: how long to wait for a sync to begin; None is for ever.
+
+        Returns:
+            What was received; None if the sender has closed the session.
+
+        Raises:
+            DeadlineExceeded: no sync began in time; or one that began didn't end.
+            ManifestError, TensorError: the target can't take what is offered. The sender gets the
+                same error; the session goes on.
+            IntegrityError: what arrived isn't what was sent; nothing was committed.
+            RemoteError: the sender or another receiver failed; an error of one of packedcomm's
+                classes is raised as that class.
+            PeerLost, NcclError, CapacityError: the transfer failed, and with it the session.
+            SessionStateError: the receiver is closed, or runs in a thread.
+        """
+        if self._thread is not None:
+            raise SessionStateError("receive: a thread of this receiver is receiving already")
+        with self._lock:
+            if self._state == "closed":
+                raise SessionStateError("receive: the receiver is closed")
+        return self._take(self._next(timeout_s))
+
+    def start(self, on_update: Callable[[int], Any] | None = None) -> None:
+        """Receive in a background thread until the sender closes the session.
+
+        Errors end it; they are logged, shown by `status()`, and told to the sender.
+
+        Args:
+            on_update: called there with the version after each commit. What it raises ends the
+                receiver.
+
+        Raises:
+            SessionStateError: it was started already, or is closed.
+        """
+        with self._lock:
+            if self._thread is not None or self._state in ("closed", "failed"):
+                raise SessionStateError(f"start: the receiver is {self._state} or was started")
+            self._thread = threading.Thread(
+                target=self._run, args=(on_update,), name="packedcomm-receiver", daemon=True
+            )
+        self._thread.start()
+
+    def status(self) -> ReceiverStatus:
+        """The receiver at this moment. Any thread may ask."""
+        with self._lock:
+            self._told = self._told or self._error is not None
+            return ReceiverStatus(
+                self._state,
+                self._version,
+                self._update_count,
+                self._last_update_time,
+                self._error,
+            )
+
+    def close(self) -> None:
+        """End the thread, if there is one, and close the session. Idempotent.
+
+        Raises:
+            PackedCommError: what ended the thread, if nobody has been told yet.
+        """
+        self._ending.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(self.session.settings.close_timeout_s)
+            if thread.is_alive():
+                self.session.abort("the receiver is being closed")
+                thread.join(self.session.settings.close_timeout_s)
+        self.session.close()
+        with self._lock:
+            if self._state not in ("failed", "torn"):
+                self._state = "closed"
+            error, told = self._error, self._told
+            self._told = True
+        if error is not None and not told:
+            raise error
+
+    def __enter__(self) -> WeightReceiver:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close()
+
+    def _run(self, on_update: Callable[[int], Any] | None) -> None:
+        try:
+            if self.session.device.type == "cuda":
+                torch.cuda.set_device(self.session.device)
+            while not self._ending.is_set():
+                try:
+                    message = self._next(_LOOK_S)
+                except DeadlineExceeded:
+                    continue
+                result = self._take(message)
+                if result is None:
+                    return
+                if on_update is not None:
+                    on_update(result.version)
+        except BaseException as error:
+            if self._ending.is_set():
+                return
+            logger.exception("the receiver's thread ended")
+            with self._lock:
+                self._error = error
+                if self._state != "torn":
+                    self._state = "failed"
+            # Nobody receives any more: the sender must know before its next sync.
+            self.session.fail(error)
+
+    def _next(self, timeout_s: float | None) -> Message:
+        message = self.session.receive(timeout_s)
+        if self._cancel_due and isinstance(message, Cancel):
+            # Only the sender's answer to what this receiver has told it.
+            message = self.session.receive(timeout_s)
+        self._cancel_due = False
+        return message
+
+    def _take(self, message: Message) -> SyncResult | None:
+        """Act on what the sender has just said."""
+        begin = time.perf_counter()
+        match message:
+            case Close(in_order=True):
+                self._set("closed")
+                return None
+            case Close():
+                self._set("failed")
+                raise RemoteError(f"the sender has left the session: {message.reason}")
+            case NoChange():
+                self._note(message.version)
+                self.session.reply(Committed(message.version))
+                return self._result(Update(message.version), begin)
+            case Offer():
+                return self._result(self._update(message), begin)
+            case Cancel():
+                raise remote_error(message, "cancelled by the sender")
+        raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")
+
+    def _update(self, offer: Offer) -> Update:
+        try:
+            update = self._following.receive(offer, self._set)
+        except BaseException as error:
+            torn = self._following.torn
+            with self._lock:
+                self._state = "torn" if torn else "failed" if self._following.broken else "idle"
+                if torn:
+                    self._version = None
+            if not self._following.cancelled:
+                self._cancel_due = True
+                self.session.fail(error)
+            raise
+        self._note(update.version)
+        self.session.reply(Committed(update.version))
+        return update
+
+    def _set(self, state: str) -> None:
+        with self._lock:
+            self._state = state
+
+    def _note(self, version: int) -> None:
+        with self._lock:
+            self._state = "committed"
+            self._version = version
+            self._update_count += 1
+            self._last_update_time = time.time()
+
+    def _result(self, update: Update, begin: float) -> SyncResult:
+        return SyncResult(
+            version=update.version,
+            epoch=self.session.epoch,
+            transport=self.session.transport,
+            tensors=update.tensors,
+            bytes=update.nbytes,
+            seconds={**update.seconds, "total": time.perf_counter() - begin},
+            changed_tensors=update.changed_tensors,
+            verified=update.verified,
+            changes=update.changes,
+        )

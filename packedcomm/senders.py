@@ -1,0 +1,245 @@
+"""`FullWeightSender` and `LoraSender`: send what a source has, version by version."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from packedcomm.errors import ArgumentError, RemoteError
+from packedcomm.leading import Leading
+from packedcomm.manifest import Manifest
+from packedcomm.policy import SyncPolicy
+from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
+from packedcomm.session import SenderSession
+from packedcomm.sources import (
+    DTensorSource,
+    LoraSource,
+    ModuleSource,
+    Snapshot,
+    Source,
+    holds_dtensors,
+)
+
+__all__ = ["FullWeightSender", "LoraSender"]
+
+
+class FullWeightSender:
+    """Sends all weights of a source to every receiver of a session.
+
+    Belongs to one thread at a time, as its session does.
+
+    Args:
+        source: a `Source`; or an `nn.Module`, or a mapping of names to tensors, which may hold
+            DTensors.
+        session: the session; None on the processes of a sharded trainer that don't lead, which must
+            call the same methods in the same order.
+        verify: whether every sync compares per-tensor digests of both sides; costs a pass over the
+            weights on each side.
+        statistics: whether receivers are asked for statistics of what changed, tensor by tensor;
+            they must stage.
+        policy: at which steps `step` syncs; None is every step, the first and the last.
+
+    Raises:
+        ArgumentError: a session is missing on the leader, or given elsewhere.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        session: SenderSession | None,
+        *,
+        verify: bool = False,
+        statistics: bool = False,
+        policy: SyncPolicy | None = None,
+    ) -> None:
+        self.source: Source = self._as_source(source)
+        if self.source.leader is (session is None):
+            raise ArgumentError(
+                "the leading process of a trainer needs a session"
+                if session is None
+                else "only the leading process of a sharded trainer takes a session"
+            )
+        self.version: int | None = None
+        """The last version that was committed."""
+        self._verify = verify
+        self._policy = policy or SyncPolicy()
+        self._session = session
+        self._leading = None if session is None else Leading(session, verify, statistics)
+        self._last_digests: dict[str, int] = {}
+
+    def _as_source(self, source: Any) -> Source:
+        if isinstance(source, Source):
+            return source
+        return DTensorSource(source) if holds_dtensors(source) else ModuleSource(source)
+
+    def step(self, step: int, *, last: bool = False) -> SyncResult | None:
+        """Sync if the policy says that it is due when `step` steps are done.
+
+        Args:
+            step: 0 before the first step; becomes the version.
+            last: whether no further step follows.
+
+        Returns:
+            What `sync` returns; None if it isn't due, or this version was sent already.
+        """
+        if not self._policy.due(step, last=last) or self.version == step:
+            return None
+        return self.sync(step)
+
+    def sync(self, version: int | None = None) -> SyncResult:
+        """Send everything; returns when all receivers have committed.
+
+        On a GPU the weights are read after the work that the current stream has at the call.
+
+        Args:
+            version: an integer >= 0 that the receivers will show; None is the next one.
+
+        Raises:
+            ArgumentError: the version isn't an integer >= 0.
+            ManifestError: the source and a receiver don't fit; nothing was sent. The message names
+                the receiver.
+            TensorError, LayoutError: the source can't be sent.
+            IntegrityError: digests differ; nothing was committed.
+            RemoteError: a receiver failed otherwise; carries its traceback. An error of one of
+                packedcomm's classes is raised as that class.
+            PeerLost, DeadlineExceeded, NcclError: the transfer failed.
+
+        Warns:
+            UnchangedWeightsWarning: digests show that not one tensor has changed.
+        """
+        begin = time.perf_counter()
+        version = self._next_version(version)
+        snapshot = self.source.snapshot()
+        manifest = snapshot.manifest
+        seconds: dict[str, float] = {}
+        changed: int | None = None
+        changes: Mapping[str, ChangeStatistics] = {}
+        if self._leading is None:
+            self._follow(snapshot)
+        else:
+            digests, changes = self._lead(self._leading, snapshot, version, seconds)
+            if self._verify:
+                changed = self._count_changed(manifest, digests)
+        seconds["total"] = time.perf_counter() - begin
+        self.version = version
+        if changed == 0 and len(manifest):
+            warnings.warn(
+                f"version {version} has exactly the bytes of the version before: 0 of "
+                f"{len(manifest)} tensors changed",
+                UnchangedWeightsWarning,
+                stacklevel=2,
+            )
+        return SyncResult(
+            version=version,
+            epoch=self._session.epoch if self._session else "",
+            transport=self._session.transport if self._session else "",
+            tensors=len(manifest),
+            bytes=manifest.nbytes,
+            seconds=seconds,
+            changed_tensors=changed,
+            verified=self._verify,
+            left_out=snapshot.left_out,
+            changes=changes,
+        )
+
+    def no_change(self, version: int | None = None) -> SyncResult:
+        """Tell every receiver that `version` has the weights of the version before.
+
+        Raises:
+            As `sync`.
+        """
+        begin = time.perf_counter()
+        version = self._next_version(version)
+        if self._leading is not None:
+            self._leading.announce_no_change(version)
+        self.version = version
+        return SyncResult(
+            version=version,
+            epoch=self._session.epoch if self._session else "",
+            transport=self._session.transport if self._session else "",
+            tensors=0,
+            bytes=0,
+            seconds={"total": time.perf_counter() - begin},
+        )
+
+    def _next_version(self, version: int | None) -> int:
+        if version is None:
+            return 0 if self.version is None else self.version + 1
+        if type(version) is not int or version < 0:
+            raise ArgumentError(f"version must be an integer >= 0, got {version!r}")
+        return version
+
+    def _lead(
+        self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
+    ) -> tuple[Sequence[int], Mapping[str, ChangeStatistics]]:
+        with self._sharing_failure():
+            leading.agree(snapshot, version, seconds)
+        gathered = iter(()) if snapshot.parts is not None else self.source.gather(snapshot)
+        with self._sharing_failure(gathered):
+            leading.move(snapshot, gathered, seconds)
+            digests = leading.verify(seconds)
+            changes = leading.commit(version, seconds)
+        return digests, changes
+
+    @contextlib.contextmanager
+    def _sharing_failure(self, gathered: Iterator[Any] = iter(())) -> Iterator[None]:  # noqa: B008
+        """Tell the trainer's other processes how the body ended, which waits for their gathers."""
+        try:
+            yield
+        except Exception as error:
+            # They are in the middle of the same gathers, which must come to an end.
+            with contextlib.suppress(Exception):
+                for _ in gathered:
+                    pass
+            with contextlib.suppress(Exception):
+                self.source.share(f"{type(error).__name__}: {error}")
+            raise
+        self.source.share(None)
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        self._raise_shared()
+        if snapshot.parts is None:
+            for _ in self.source.gather(snapshot):
+                pass
+        self._raise_shared()
+
+    def _raise_shared(self) -> None:
+        failure = self.source.share(None)
+        if failure is not None:
+            raise RemoteError(f"the leading process of the trainer failed: {failure}")
+
+    def _count_changed(self, manifest: Manifest, digests: Sequence[int]) -> int | None:
+        before = self._last_digests
+        names = manifest.by_name
+        changed = sum(
+            before.get(name) != digest for name, digest in zip(names, digests, strict=True)
+        )
+        first = not before
+        before.update(zip(names, digests, strict=True))
+        return None if first else changed
+
+
+class LoraSender(FullWeightSender):
+    """Sends a LoRA adapter to every receiver of a session, verified by default.
+
+    Args:
+        source: a PEFT model, or a `LoraSource` (for another adapter than `"default"`).
+        session, verify, statistics, policy: as for `FullWeightSender`.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        session: SenderSession | None,
+        *,
+        verify: bool = True,
+        statistics: bool = False,
+        policy: SyncPolicy | None = None,
+    ) -> None:
+        super().__init__(source, session, verify=verify, statistics=statistics, policy=policy)
+
+    def _as_source(self, source: Any) -> Source:
+        return source if isinstance(source, Source) else LoraSource(source)

@@ -1,0 +1,72 @@
+"""Errors that cross from one process to another: as kind, text and traceback, and back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+
+from packedcomm import errors
+from packedcomm.errors import PackedCommError, PeerLost, RemoteError, listed
+from packedcomm.session.messages import Cancel, Failure, Refused
+
+__all__ = ["combined", "described", "remote_error"]
+
+MAX_TEXT = 16_384
+MAX_TRACEBACK = 65_536
+
+
+def described(error: BaseException) -> tuple[str, str, str]:
+    """Kind, text and traceback of an error, as `Failure` and `Cancel` take them.
+
+    An error of another library keeps its class name in the text: only packedcomm's classes are made
+    again on the other side.
+    """
+    kind = type(error).__name__
+    text = str(error)
+    if not isinstance(error, PackedCommError):
+        text = f"{kind}: {text}"
+        kind = RemoteError.__name__
+    lines = "".join(traceback.format_exception(error))
+    return kind[:64], _valid(text[:MAX_TEXT]), _valid(lines[-MAX_TRACEBACK:])
+
+
+def remote_error(said: Failure | Cancel | Refused, who: str) -> PackedCommError:
+    """The error that another process has described.
+
+    Args:
+        said: the description.
+        who: the process, put before the text.
+
+    Returns:
+        An error of the same class where it is one of packedcomm's, else a `RemoteError`. Its cause
+        is a `RemoteError` with the other side's traceback, where that came.
+    """
+    text = f"{who}: {said.text}"
+    found = getattr(errors, said.kind, None) if said.kind in errors.__all__ else None
+    is_error = isinstance(found, type) and issubclass(found, PackedCommError)
+    error: PackedCommError = found(text) if is_error and found else RemoteError(text)
+    if not isinstance(said, Refused) and said.traceback:
+        error.__cause__ = RemoteError(f"traceback of {who}:\n{said.traceback}")
+    return error
+
+
+def combined(failures: Mapping[int, PackedCommError]) -> PackedCommError:
+    """One error for those of several ranks, which are listed in its text.
+
+    It has the class of the first one that isn't `PeerLost`: losing each other is what the other
+    ranks see when one has failed.
+    """
+    ordered: Sequence[PackedCommError] = [failures[rank] for rank in sorted(failures)]
+    if len(ordered) == 1:
+        return ordered[0]
+    first = next((e for e in ordered if not isinstance(e, PeerLost)), ordered[0])
+    error = type(first)(listed([str(e) for e in (first, *(e for e in ordered if e is not first))]))
+    causes = [str(e.__cause__) for e in ordered if e.__cause__ is not None]
+    if causes:
+        error.__cause__ = RemoteError("\n".join(causes))
+    return error
+
+
+def _valid(text: str) -> str:
+    # File names in messages may hold bytes that are no text.
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,91 @@
+"""`Session.listen` and `Session.connect`: how a sender and its receivers come together."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+
+from packedcomm.errors import ArgumentError
+from packedcomm.planning.chunks import WireFormat
+from packedcomm.session.agreement import choose_device
+from packedcomm.session.receiver import ReceiverSession
+from packedcomm.session.sender import SenderSession
+from packedcomm.settings import DEFAULTS, Settings
+
+__all__ = ["Session"]
+
+MOST_RECEIVERS = 1 << 16
+
+
+class Session:
+    """Makes the two ends of a session: one sender, any number of receivers.
+
+    A session compares both sides' devices and versions, connects a communicator (NCCL between GPUs,
+    Gloo between CPUs) and carries control messages beside it. Sessions share no state: several in
+    one process don't see each other. Nothing is read from the environment.
+    """
+
+    @staticmethod
+    def listen(
+        address: str,
+        *,
+        receivers: int,
+        secret: str | None = None,
+        device: torch.device | str | int | None = None,
+        settings: Settings = DEFAULTS,
+        wire_format: WireFormat = "native",
+    ) -> SenderSession:
+        """The sender's end. Listens at once; waits for the receivers at its first use.
+
+        Args:
+            address: "host:port" of this machine, bound exactly; port 0 lets the system choose, and
+                the session's `address` says what it chose.
+            receivers: how many there will be.
+            secret: what receivers prove to have, at least 16 characters; None only on loopback
+                addresses, where every process of the machine is trusted then.
+            device: where the data is; None is the current GPU if there is one, else the CPU.
+            settings: deadlines, `buffer_size_bytes` and limits.
+            wire_format: byte format of the data, for all receivers.
+
+        Raises:
+            ArgumentError: an argument is malformed or out of range.
+            AddressInUse: another socket listens there.
+            CudaError: there is no such GPU.
+        """
+        if type(receivers) is not int or not 1 <= receivers <= MOST_RECEIVERS:
+            raise ArgumentError(
+                f"receivers must be an integer in 1..{MOST_RECEIVERS}, got {receivers!r}"
+            )
+        if wire_format not in get_args(WireFormat):
+            raise ArgumentError(f"wire_format must be 'vllm' or 'native', got {wire_format!r}")
+        chosen = choose_device(device)
+        return SenderSession(address, receivers, secret, chosen, settings, wire_format)
+
+    @staticmethod
+    def connect(
+        address: str,
+        *,
+        secret: str | None = None,
+        device: torch.device | str | int | None = None,
+        settings: Settings = DEFAULTS,
+    ) -> ReceiverSession:
+        """A receiver's end. Returns once all receivers have come and the communicator is connected.
+
+        Args:
+            address: the sender's, "host:port"; the sender may come later.
+            secret, device, settings: as for `listen`; byte format and buffer size are the sender's.
+
+        Raises:
+            ArgumentError: an argument is malformed or out of range.
+            CudaError: there is no such GPU.
+            RendezvousTimeout: the sender or another receiver didn't come within
+                `Settings.connect_timeout_s`.
+            AuthenticationError: the sender has another secret.
+            ConfigMismatch: some ranks are on GPUs and some on CPUs.
+            VersionMismatch: versions of packedcomm or NCCL differ.
+            SessionStateError: the session has all its receivers already.
+            PeerLost: the sender ended meanwhile.
+            NcclError, ProtocolError, RemoteError: the communicator couldn't be connected.
+        """
+        return ReceiverSession(address, secret, choose_device(device), settings)

@@ -1,0 +1,133 @@
+"""`Placement`: a rank's layout on its real memory, as the targets with layouts use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from packedcomm.copying import CopyPlan, Part
+from packedcomm.errors import ManifestError, TensorError, listed
+from packedcomm.layout import Layout
+from packedcomm.manifest import Manifest, dtype_name
+from packedcomm.pieces import box_view, part_of
+
+__all__ = ["Placement", "Placements", "check_one_device"]
+
+# Dtypes between which values are cast if the user says so.
+_CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+# Manifests whose placement is kept, as many as a receiver keeps plans.
+_KEPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one manifest fills: the parts of each of its tensors, and zeros."""
+
+    layout: Layout
+    parts: tuple[tuple[Part, ...], ...]
+    zeroing: CopyPlan | None
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        layout: Layout,
+        memory: Mapping[str, torch.Tensor],
+        *,
+        cast: bool,
+    ) -> Placement:
+        """A layout of a manifest's tensors on the memory of its parameters.
+
+        Args:
+            manifest: names the layout's tensors.
+            layout: pieces and padding.
+            memory: the parameters by name.
+            cast: whether floating-point dtypes may differ.
+
+        Raises:
+            ManifestError: dtypes differ; all such tensors are listed, up to ten.
+        """
+        placed: dict[str, list[Part]] = {name: [] for name in layout.tensors}
+        problems: dict[str, None] = {}
+        for piece in layout.pieces:
+            spec, tensor = manifest.by_name[piece.tensor], memory[piece.parameter]
+            problem = _dtype_problem(spec.dtype, dtype_name(tensor.dtype), cast, piece.scale)
+            if problem:
+                problems[f"tensor {spec.name!r} for {piece.parameter!r}: {problem}"] = None
+            placed[spec.name].append(part_of(piece, tensor, spec.shape))
+        if problems:
+            raise ManifestError(listed(list(problems)))
+        parts = tuple(tuple(placed[spec.name]) for spec in manifest.specs)
+        zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        pairs = []
+        for parameter, box in layout.padding:
+            tensor = memory[parameter]
+            zero = zeros.setdefault(
+                (tensor.dtype, tensor.device),
+                torch.zeros((), dtype=tensor.dtype, device=tensor.device),
+            )
+            pairs.append((zero.expand(box.shape), box_view(box, tensor)))
+        return cls(layout, parts, CopyPlan(pairs) if pairs else None)
+
+    def zero(self) -> None:
+        """Write the zeros; on a GPU enqueued on the current stream."""
+        if self.zeroing is not None:
+            self.zeroing.run()
+
+
+class Placements:
+    """The placements of the last few manifests, for memory that must stay where it is.
+
+    Args:
+        memory: parameters by name.
+    """
+
+    def __init__(self, memory: Mapping[str, torch.Tensor]) -> None:
+        self._memory = memory
+        self._addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
+        self._kept: dict[str, Placement] = {}
+
+    def get(self, manifest: Manifest, make: Callable[[Manifest], Placement]) -> Placement:
+        """The placement of a manifest, made if it isn't kept.
+
+        Raises:
+            TensorError: memory has been replaced since the beginning.
+        """
+        for name, tensor in self._memory.items():
+            if tensor.data_ptr() != self._addresses[name]:
+                raise TensorError(f"{name!r} has been given other memory: make a new target")
+        placement = self._kept.get(manifest.digest)
+        if placement is None:
+            placement = make(manifest)
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[manifest.digest] = placement
+        return placement
+
+
+def check_one_device(memory: Mapping[str, torch.Tensor]) -> None:
+    """Check that all memory is on the device of the first tensor.
+
+    Raises:
+        TensorError: a tensor is elsewhere; the message names both tensors and devices.
+    """
+    first = next(iter(memory.items()), None)
+    for name, tensor in memory.items():
+        if first is not None and tensor.device != first[1].device:
+            raise TensorError(
+                f"{name!r} is on {tensor.device}, {first[0]!r} on {first[1].device}: "
+                f"a target has one device"
+            )
+
+
+def _dtype_problem(sent: str, held: str, cast: bool, scale: float) -> str | None:
+    if sent != held and not {sent, held} <= _CASTABLE:
+        return f"{sent} can't become {held}"
+    if sent != held and not cast:
+        return f"received as {sent}, held as {held}, and cast isn't set"
+    if scale != 1.0 and held not in _CASTABLE:
+        return f"{held} can't be scaled"
+    return None

@@ -1,0 +1,141 @@
+"""`StagedTarget`: data is received aside, and the old weights stay whole until the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from packedcomm.copying import CopyPlan, Part
+from packedcomm.endpoints import Target
+from packedcomm.errors import CapacityError, SessionStateError
+from packedcomm.manifest import Manifest
+
+__all__ = ["StagedTarget"]
+
+# Every piece starts at a multiple of this many bytes, so that any dtype can be viewed there.
+_ALIGNMENT = 16
+
+# Commits that are kept planned, as many as a receiver keeps plans.
+_KEPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPart:
+    """A piece of a named tensor, in staging memory and where it belongs."""
+
+    name: str
+    staged: torch.Tensor
+    live: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Everything that one manifest brings."""
+
+    parts: list[list[Part]]
+    pairs: list[StagedPart]
+    commit: CopyPlan
+
+
+class StagedTarget:
+    """Another target, written by one batched copy when all data has arrived and is verified.
+
+    Until `commit` the destinations hold the old weights. The copy itself runs on the device's
+    current stream: work on that stream sees the old weights or the new ones, never some of each.
+
+    Memory: the bytes of all destinations that a transfer writes, each rounded up to 16, once per
+    device; for a tensor-parallel rank these are its own slices only. It is taken at the first
+    transfer, kept for the next one, and grows if a later manifest needs more; `release` frees it.
+    Not thread-safe.
+
+    Args:
+        target: where the data goes in the end, a target with fixed destinations.
+    """
+
+    fixed_destinations = True
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._memory: dict[torch.device, torch.Tensor] = {}
+        self._staging: dict[str, Staging] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of staging memory held now."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
+        """Staging memory for each part of the inner target.
+
+        Raises:
+            ManifestError: as the inner target does.
+            CapacityError: no memory.
+        """
+        final = self._target.place(manifest)
+        offsets: dict[torch.device, int] = {}
+        rows = []
+        for spec, parts in zip(manifest.specs, final, strict=True):
+            for part in parts:
+                device = part.tensor.device
+                offset = offsets.get(device, 0)
+                offsets[device] = offset + -(-part.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+                rows.append((spec.name, part, offset))
+        for device, nbytes in offsets.items():
+            self._reserve(device, nbytes)
+        staged = []
+        for name, part, offset in rows:
+            live = part.tensor
+            flat = self._memory[live.device][offset : offset + live.nbytes]
+            staged.append(StagedPart(name, flat.view(live.dtype).view(live.shape), live))
+        placed = iter(staged)
+        parts_of = [
+            [Part(next(placed).staged, part.offset, part.scale) for part in parts]
+            for parts in final
+        ]
+        plan = CopyPlan([(pair.staged, pair.live) for pair in staged])
+        while len(self._staging) >= _KEPT:
+            del self._staging[next(iter(self._staging))]
+        self._staging[manifest.digest] = Staging(parts_of, staged, plan)
+        return parts_of
+
+    def commit(self, manifest: Manifest) -> None:
+        """Copy everything that the last transfer of this manifest staged to where it belongs.
+
+        On a GPU this is enqueued on the current stream.
+
+        Raises:
+            SessionStateError: nothing of this manifest is staged.
+            TensorError: a destination has been replaced since it was planned.
+        """
+        staging = self._staging.get(manifest.digest)
+        if staging is None:
+            raise SessionStateError("commit: no transfer of this manifest is staged")
+        staging.commit.run()
+        self._target.commit(manifest)
+
+    def staged_pairs(self, manifest: Manifest) -> Sequence[StagedPart]:
+        """Every piece of a manifest that was received, before its commit."""
+        return self._staging[manifest.digest].pairs
+
+    def release(self) -> None:
+        """Free the staging memory; the next transfer takes it anew."""
+        for memory in self._memory.values():
+            # Plans that are kept elsewhere see by this that their destinations are gone.
+            memory.untyped_storage().resize_(0)
+        self._memory.clear()
+        self._staging.clear()
+
+    def _reserve(self, device: torch.device, nbytes: int) -> None:
+        held = self._memory.get(device)
+        if held is not None and held.nbytes >= nbytes:
+            return
+        self.release()
+        try:
+            with torch.inference_mode(False):
+                self._memory[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            raise CapacityError(
+                f"no memory to stage {nbytes:,} bytes on {device}: {str(error).splitlines()[0]}"
+            ) from error
