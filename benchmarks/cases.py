@@ -111,7 +111,9 @@ def tiny_experts() -> Case:
     """
     model = model_shape(EXPERTS)
     smallest = min(min(spec.shape) for spec in model.specs)
-    shapes = {spec.shape: tuple(8 if n == smallest else 16 for n in spec.shape) for spec in model.specs}
+    shapes = {
+        spec.shape: tuple(8 if n == smallest else 16 for n in spec.shape) for spec in model.specs
+    }
     tiny = Manifest(TensorSpec(s.name, s.dtype, shapes[s.shape]) for s in model.specs)
     return Case(TINY_EXPERTS, tiny, len(model), model.nbytes)
 

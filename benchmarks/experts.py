@@ -47,7 +47,7 @@ class QuietGroup(Communicator):
         if self.delivers:
             super().start_broadcast(operands, src)
 
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:  # noqa: ARG002 - the interface's
         if not self.delivers:
             return
         end, nbytes = self.position, 0
@@ -133,19 +133,19 @@ def _parsed(name: str) -> tuple[str, int, str]:
     return match[1], int(match[2]), match[3]
 
 
-def _places(manifest: Manifest) -> Iterator[tuple[str, str, int, int, int]]:
+def _places(manifest: Manifest) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
     """For each tensor its name, and the parameter, expert, first row and rows there."""
     for spec in manifest.specs:
         module, expert, part = _parsed(spec.name)
         rows = spec.shape[0]
         weight = f"{module}.{'w2' if part == 'down' else 'w13'}_weight"
-        yield spec.name, weight, expert, rows if part == "up" else 0, rows
+        yield spec.name, (weight, expert, rows if part == "up" else 0, rows)
 
 
 def _ways(
     manifest: Manifest, parameters: Mapping[str, torch.Tensor], content: Content
 ) -> dict[str, Callable[[], Transfer]]:
-    places = {name: place for name, *place in _places(manifest)}
+    places = dict(_places(manifest))
     slices = [parameters[w][e].narrow(0, first, rows) for w, e, first, rows in places.values()]
     device = slices[0].device
 

@@ -26,7 +26,7 @@ def packing_suite(
     threads: int,
     corrupt: str | None,
 ) -> None:
-    """Measure packing, unpacking and digests of every case and report `(case name, rows)` after each.
+    """Measure packing, unpacking and digests; report `(case name, rows)` after every case.
 
     Args:
         excluded: by case, the ways that ended an earlier world.
@@ -149,4 +149,3 @@ def _apply_ways(
         "packedcomm CopyPlan": into_tensors(plan.run, "packedcomm CopyPlan"),
         **plain_copies(packed, flat, _slices(flat, tensors), threads),
     }
-

@@ -11,65 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import Row
-from benchmarks.result_files import Result, load_results
+from benchmarks.result_files import load_results
+from benchmarks.tables import render_tables
 
-__all__ = ["main", "render_tables", "replace_section"]
+__all__ = ["main", "replace_section"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
-
-_BROADCAST_FAMILIES = (
-    "packedcomm native",
-    "packedcomm vLLM format",
-    "vLLM packed",
-    "vLLM packed, tuned",
-    "per tensor",
-    "grouped",
-    "raw broadcast",
-)
-_PACK_FAMILIES = (
-    "packedcomm CopyPlan",
-    "packedcomm pack",
-    "torch.cat",
-    "foreach",
-    "copy_ per tensor",
-    "memcpy",
-)
-_LIMITS = ("raw broadcast", "memcpy")
-
-
-def render_tables(results: Sequence[Result]) -> str:
-    """Markdown: for every machine the broadcasts, packing and applying."""
-    parts = [
-        "GB/s of payload (10⁹ bytes), median; every way's result was compared bit by bit in the "
-        "same run. packedcomm and tuned vLLM are shown at the fastest of the chunk sizes tried, "
-        "packedcomm's ratios take the faster of its two formats, vLLM packed is at its default of "
-        "1 GiB. One receiver means two GPUs or processes; p95 is in the JSON."
-    ]
-    for result in results:
-        parts.append(f"### {result.title}\n\n{result.details}")
-        for suite, text, families, ours, theirs in (
-            (
-                "broadcast",
-                "Broadcast into the receivers' parameters",
-                _BROADCAST_FAMILIES,
-                ("packedcomm native", "packedcomm vLLM format"),
-                "vLLM packed",
-            ),
-            ("pack", "Packing into one buffer", _PACK_FAMILIES, _PACK_FAMILIES[:1], "torch.cat"),
-            (
-                "apply",
-                "Unpacking into parameters",
-                _PACK_FAMILIES,
-                _PACK_FAMILIES[:1],
-                "copy_ per tensor",
-            ),
-        ):
-            if result.groups(suite):
-                parts.append(f"**{text}**\n\n{_table(result, suite, families, ours, theirs)}")
-    return "\n\n".join(parts)
 
 
 def replace_section(text: str, section: str) -> str:
@@ -83,48 +32,6 @@ def replace_section(text: str, section: str) -> str:
     if not begin or not end:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
     return f"{before}{begin}\n{section}\n{end}{after}"
-
-
-def _table(
-    result: Result, suite: str, known: Sequence[str], ours: Sequence[str], theirs: str
-) -> str:
-    families = result.families(suite, known)
-    limit = next((family for family in families if family in _LIMITS), None)
-    receivers = ["1 to"] if suite == "broadcast" else []
-    header = ["model", "tensors", "GB", *receivers, *families, f"packedcomm / {theirs}"]
-    header += [f"of {limit}"] if limit else []
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for case, world in result.groups(suite):
-        speeds = {family: result.best(suite, case, world, family) for family in families}
-        some = next(row for row in speeds.values() if row is not None)
-        best = max(_speed(speeds.get(family)) for family in ours)
-        kept = result.kept("broadcast" if suite == "broadcast" else "pack", case)
-        cells = [
-            case if kept == 1 else f"{case}, {kept:.0%} of its bytes",
-            f"{some['tensors']:,}",
-            f"{some['nbytes'] / 1e9:.3g}",
-        ]
-        cells += [str(world - 1)] if suite == "broadcast" else []
-        cells += [_number(_speed(speeds[family])) for family in families]
-        cells.append(_ratio(best, _speed(speeds.get(theirs))))
-        if limit:
-            cells.append(_ratio(best, _speed(speeds[limit])))
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _speed(row: Row | None) -> float:
-    return row["algbw_gb_s"] if row else 0.0
-
-
-def _number(value: float) -> str:
-    if not value:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _ratio(ours: float, theirs: float) -> str:
-    return f"{ours / theirs:.2f}" if ours and theirs else "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

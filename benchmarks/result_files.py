@@ -63,6 +63,15 @@ class Result:
         ]
         return max(rows, key=lambda row: row["algbw_gb_s"], default=None)
 
+    def ways(self, suite: str, case: str, world: int) -> dict[str, Row]:
+        """The correct rows of one case by way."""
+        return {
+            row["way"]: row
+            for row in self.rows
+            if (row["suite"], row["case"], row["world"]) == (suite, case, world)
+            and not row["wrong"]
+        }
+
     def families(self, suite: str, known: Sequence[str]) -> list[str]:
         """The known families that a suite measured."""
         present = {row["family"] for row in self.rows if row["suite"] == suite}

@@ -22,20 +22,26 @@ import torch
 
 from benchmarks.bars import compute_bars
 from benchmarks.broadcasting import broadcast_suite
-from benchmarks.cases import CASES, Case, load_case, parse_size
+from benchmarks.cases import CASES, EXPERTS, Case, load_case, parse_size, tiny_experts
+from benchmarks.experts import experts_suite
 from benchmarks.limits import fill_limits
 from benchmarks.link import LINK, link_suite
 from benchmarks.machine import available_bytes, describe_machine, processor_count, without_paths
 from benchmarks.measure import Row
+from benchmarks.memory_passes import casting_suite
 from benchmarks.packing import packing_suite
 from benchmarks.peers import BUFFER_SIZES, NUM_BUFFERS, VLLM_FILES
+from benchmarks.syncing import SYNC_CASES, sync_suite
 from benchmarks.world import WorldFailure, run_world
 
 __all__ = ["Results", "main", "run_cases"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_SUITES = ("pack", "broadcast")
+_SUITES = ("pack", "cast", "experts", "broadcast", "sync")
+_CAST_CASES = ("llama-3-8b", "minilm")
 _REPEATS = {"cpu": 9, "cuda": 15}
+# On a CPU the others are cut down to a few layers: they take minutes and tell no more.
+_DEFAULT_CASES = {"cpu": ("llama-3-8b-lora-r16", "llama-3-8b", "minilm"), "cuda": CASES}
 _PACKING_LIMIT = 2 << 30
 # Far beyond any cache. A CPU moves about a gigabyte per second: more would cost minutes and tell no
 # more.
@@ -84,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = torch.cuda.device_count() if device == "cuda" else processor_count()
     worlds = arguments.worlds or ([2, 3] if device == "cpu" else [2, 4])
     repeats = arguments.repeats or _REPEATS[device]
+    names = arguments.cases or _DEFAULT_CASES[device]
     limit = arguments.max_bytes or _fitting_bytes(device, max(worlds))
     threads = min(8, processor_count())
     buffer_sizes = arguments.buffer_sizes or BUFFER_SIZES[device]
@@ -110,25 +117,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(_HEADER)
     common = {"results": results, "device": device, "silence_s": arguments.silence_s}
+    rest = (repeats, threads, arguments.corrupt)
+    packing_limit = min(limit, _PACKING_LIMIT)
     if "pack" in arguments.suite:
-        cases = _load(arguments, min(limit, _PACKING_LIMIT), "pack", results)
-        run_cases(
-            packing_suite, 1, cases, **common,
-            rest=(repeats, threads, arguments.corrupt),
-        )  # fmt: skip
+        cases = _load(arguments, names, packing_limit, "pack", results)
+        run_cases(packing_suite, 1, cases, **common, rest=rest)
+    if "cast" in arguments.suite:
+        chosen = [name for name in names if name in _CAST_CASES]
+        cases = _load(arguments, chosen, packing_limit, "cast", results)
+        run_cases(casting_suite, 1, cases, **common, rest=rest)
+    if "experts" in arguments.suite and EXPERTS in (arguments.cases or [EXPERTS]):
+        if device == "cpu":
+            cases = _recorded([tiny_experts()], "experts", results)
+        else:
+            cases = _load(arguments, [EXPERTS], limit, "experts", results)
+        run_cases(experts_suite, 1, cases, **common, rest=rest)
+    fitting = [world for world in worlds if device == "cpu" or world <= devices]
+    for world in worlds:
+        if world not in fitting:
+            _skip(results, f"world of {world}", f"this machine has {devices} GPUs")
     if "broadcast" in arguments.suite:
         if device == "cuda" and devices > 1:
             run_cases(link_suite, 1, None, **common, rest=(repeats, arguments.corrupt))
         if not VLLM_FILES.exists():
             _skip(results, "vLLM packed", "its files are missing: python -m benchmarks.fetch_peers")
-        cases = _load(arguments, limit, "broadcast", results)
-        for world in worlds:
-            if device == "cuda" and world > devices:
-                _skip(results, f"world of {world}", f"this machine has {devices} GPUs")
-                continue
+        cases = _load(arguments, names, limit, "broadcast", results)
+        for world in fitting:
             run_cases(
                 broadcast_suite, world, cases, **common,
                 rest=(buffer_sizes, repeats, max(1, threads // world), arguments.corrupt),
+            )  # fmt: skip
+    if "sync" in arguments.suite:
+        chosen = [name for name in names if name in SYNC_CASES]
+        cases = _load(arguments, chosen, limit, "sync", results)
+        for world in fitting:
+            run_cases(
+                sync_suite, world, cases, **common,
+                rest=(repeats, max(1, threads // world), arguments.corrupt),
             )  # fmt: skip
     _finish(results, device, worlds)
     if arguments.corrupt and not any(row["way"] == arguments.corrupt for row in results.rows):
@@ -200,13 +225,19 @@ def run_cases(
             return
 
 
-def _load(arguments: argparse.Namespace, limit: int, suite: str, results: Results) -> list[Case]:
+def _load(
+    arguments: argparse.Namespace, names: Sequence[str], limit: int, suite: str, results: Results
+) -> list[Case]:
     cases = []
-    for name in arguments.cases:
+    for name in names:
         try:
             cases.append(load_case(name, max_bytes=limit, scale=arguments.scale))
         except ValueError as error:
             _skip(results, f"{suite} {name}", str(error))
+    return _recorded(cases, suite, results)
+
+
+def _recorded(cases: list[Case], suite: str, results: Results) -> list[Case]:
     results.add("cases", [{"suite": suite} | case.as_dict() for case in cases])
     return cases
 
@@ -230,7 +261,8 @@ def _finish(results: Results, device: str, worlds: Sequence[int]) -> None:
 def _fitting_bytes(device: str, ranks: int) -> int:
     """Payload per rank that fits the free memory.
 
-    A rank holds the parameters and the raw broadcast's buffer; on a CPU, where all ranks share the
+    A rank holds the parameters and another buffer (a raw broadcast's, staging, received experts);
+    on a CPU, where all ranks share the
     memory and chunks can be as large as the payload, two more on top of it.
     """
     free = available_bytes(device)
@@ -240,9 +272,9 @@ def _fitting_bytes(device: str, ranks: int) -> int:
 
 
 _HEADER = (
-    f"{'suite':9} {'case':22} {'ranks':>5} {'way':32} {'tensors':>7} {'size (B)':>14} "
-    f"{'time (us)':>12} {'p95 (us)':>12} {'algbw (GB/s)':>12} {'busbw (GB/s)':>12} "
-    f"{'of limit':>8}  {'limit':18} {'wrong':>5}"
+    f"{'suite':9} {'case':26} {'ranks':>5} {'way':32} {'tensors':>7} {'size (B)':>14} "
+    f"{'time (us)':>12} {'p95 (us)':>12} {'host (us)':>12} {'algbw (GB/s)':>12} "
+    f"{'busbw (GB/s)':>12} {'of limit':>8}  {'limit':18} {'wrong':>5}"
 )
 
 
@@ -250,8 +282,8 @@ def _line(row: Row) -> str:
     bus = "-" if row["busbw_gb_s"] is None else f"{row['busbw_gb_s']:.3f}"
     fraction = "-" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.3f}"
     return (
-        f"{row['suite']:9} {row['case']:22} {row['world']:5} {row['way']:32} {row['tensors']:7} "
-        f"{row['nbytes']:14} {row['median_us']:12.1f} {row['p95_us']:12.1f} "
+        f"{row['suite']:9} {row['case']:26} {row['world']:5} {row['way']:32} {row['tensors']:7} "
+        f"{row['nbytes']:14} {row['median_us']:12.1f} {row['p95_us']:12.1f} {row['host_us']:12.1f} "
         f"{row['algbw_gb_s']:12.3f} {bus:>12} {fraction:>8}  {row['limit'] or '-':18} "
         f"{row['wrong']:5}"
     )
@@ -270,8 +302,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--worlds", type=_integers, help="ranks of each broadcast; default 2,3 or, on GPUs, 2,4")
-    add("--suite", type=_choices(_SUITES), default=list(_SUITES), help="default: pack,broadcast")
-    add("--cases", type=_choices(CASES), default=list(CASES), help="default: all of them")
+    add(
+        "--suite",
+        type=_choices(_SUITES),
+        default=list(_SUITES),
+        help=f"default: {','.join(_SUITES)}",
+    )
+    add("--cases", type=_choices(CASES), help="default: all of them, on a CPU a few")
     add("--scale", type=float, default=1.0, help="keep at most this fraction of each model")
     add("--max-bytes", type=parse_size, help="and at most so many bytes; default: what fits")
     add("--buffer-sizes", type=_sizes, help="chunk sizes of the packed ways, such as 1GiB,64MiB")

@@ -140,6 +140,10 @@ class World:
         if self.rank == 0:
             self._parent.send(("result", value))
 
+    def result_of_each(self, value: Any) -> None:
+        """Hand a result of every rank to the parent, in any order."""
+        self._parent.send(("result", value))
+
 
 def run_world(
     body: Callable[..., None],
@@ -157,7 +161,8 @@ def run_world(
         silence_s: a world that says nothing for so long is ended.
 
     Yields:
-        every `World.result` value; at an early end a last `WorldFailure`.
+        every value of `World.result` and `World.result_of_each`; at an early end a last
+        `WorldFailure`.
     """
     shared = _Shared(size)
     pipes = [_SPAWN.Pipe() for _ in range(size)]

@@ -10,30 +10,70 @@
 
 namespace packedcomm {
 
+// The bits of a value. Values are loaded and stored as integers, and bytes are put together with
+// shifts: ptxas 13.0 has got `memcpy` of a few bytes between registers and memory wrong.
+template <typename Item>
+struct BitsOf {
+  using Type = std::uint16_t;
+  static __device__ __forceinline__ Item value(Type bits) { return Item{bits}; }
+  static __device__ __forceinline__ Type of(Item item) { return item.bits; }
+};
+template <>
+struct BitsOf<float> {
+  using Type = std::uint32_t;
+  static __device__ __forceinline__ float value(Type bits) { return __uint_as_float(bits); }
+  static __device__ __forceinline__ Type of(float item) { return __float_as_uint(item); }
+};
+template <>
+struct BitsOf<double> {
+  using Type = unsigned long long;
+  static __device__ __forceinline__ double value(Type bits) {
+    return __longlong_as_double(static_cast<long long>(bits));
+  }
+  static __device__ __forceinline__ Type of(double item) {
+    return static_cast<Type>(__double_as_longlong(item));
+  }
+};
+
+__device__ __forceinline__ bool is_aligned(const void* address, std::size_t bytes) {
+  return (reinterpret_cast<std::uintptr_t>(address) & (bytes - 1)) == 0;
+}
+
+template <typename Item>
+__device__ __forceinline__ Item load_item(const char* from, bool aligned) {
+  using Bits = typename BitsOf<Item>::Type;
+  if (aligned) return BitsOf<Item>::value(*reinterpret_cast<const Bits*>(from));
+  const auto* bytes = reinterpret_cast<const volatile unsigned char*>(from);
+  Bits bits = 0;
+#pragma unroll
+  for (int b = 0; b < static_cast<int>(sizeof(Bits)); ++b) {
+    bits = static_cast<Bits>(bits | static_cast<Bits>(static_cast<Bits>(bytes[b]) << (8 * b)));
+  }
+  return BitsOf<Item>::value(bits);
+}
+
+template <typename Item>
+__device__ __forceinline__ void store_item(char* to, Item item, bool aligned) {
+  using Bits = typename BitsOf<Item>::Type;
+  const Bits bits = BitsOf<Item>::of(item);
+  if (aligned) {
+    *reinterpret_cast<Bits*>(to) = bits;
+    return;
+  }
+  auto* bytes = reinterpret_cast<volatile unsigned char*>(to);
+#pragma unroll
+  for (int b = 0; b < static_cast<int>(sizeof(Bits)); ++b) {
+    bytes[b] = static_cast<unsigned char>(bits >> (8 * b));
+  }
+}
+
 // One value at any alignment.
-template <typename Item>
-__device__ __forceinline__ Item load_item(const char* from) {
-  if ((reinterpret_cast<std::uintptr_t>(from) & (sizeof(Item) - 1)) == 0) {
-    return *reinterpret_cast<const Item*>(from);
-  }
-  Item item;
-  memcpy(&item, from, sizeof item);
-  return item;
-}
-
-template <typename Item>
-__device__ __forceinline__ void store_item(char* to, Item item) {
-  if ((reinterpret_cast<std::uintptr_t>(to) & (sizeof(Item) - 1)) == 0) {
-    *reinterpret_cast<Item*>(to) = item;
-  } else {
-    memcpy(to, &item, sizeof item);
-  }
-}
-
 template <typename Source, typename Destination>
 __device__ __forceinline__ void convert_item(char* to, const char* from,
                                              Arithmetic<Source, Destination> scale) {
-  store_item<Destination>(to, converted<Destination>(load_item<Source>(from), scale));
+  const Source value = load_item<Source>(from, is_aligned(from, sizeof(Source)));
+  store_item<Destination>(to, converted<Destination>(value, scale),
+                          is_aligned(to, sizeof(Destination)));
 }
 
 template <typename Source, typename Destination, int kWords>

@@ -13,25 +13,42 @@ import torch
 
 from benchmarks import report
 from benchmarks.bars import compute_bars
-from benchmarks.cases import CASES, Case, load_case, parse_size
+from benchmarks.cases import (
+    CASES,
+    EXPERTS,
+    TINY_EXPERTS,
+    Case,
+    load_case,
+    parse_size,
+    tiny_experts,
+)
 from benchmarks.content import Content, poison
 from benchmarks.machine import without_paths
 from benchmarks.measure import Measurement, percentile_95, row
+from benchmarks.memory_passes import reference_digest
+from benchmarks.profile_sync import Profile, growth_problems
+from benchmarks.result_files import load_results
 from benchmarks.run import Results, run_cases
+from benchmarks.tables import render_tables
 from benchmarks.world import World, WorldFailure, run_world
 from packedcomm.planning.model_shapes import model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_KEYS = {
     "suite", "case", "world", "way", "family", "tensors", "nbytes", "median_us", "p95_us",
-    "algbw_gb_s", "busbw_gb_s", "limit", "fraction_of_limit", "repeats", "wrong",
+    "algbw_gb_s", "busbw_gb_s", "limit", "fraction_of_limit", "repeats", "wrong", "host_us",
+    "details",
 }  # fmt: skip
 
 
 def run_benchmarks(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.run", "--cases", "minilm", "--max-bytes", "16MB"]
+    options = ["--cases", "minilm", "--max-bytes", "16MB", "--worlds", "2", "--repeats", "3"]
+    return run_module("benchmarks.run", *options, "--out", str(out), *arguments)
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, "--worlds", "2", "--repeats", "3", "--out", str(out), *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,6 +64,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     process = run_benchmarks(folder / "cpu-test.json")
     assert process.returncode == 0, process.stdout + process.stderr
     return folder, process.stdout
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the JSON of a short run of the experts suite."""
+    folder = tmp_path_factory.mktemp("experts")
+    options = ("--suite", "experts", "--cases", EXPERTS, "--repeats", "2")
+    process = run_benchmarks(folder / "cpu-test.json", *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return folder
 
 
 # Cases.
@@ -89,6 +116,15 @@ def test_of_a_layer_of_experts_whole_experts_are_kept() -> None:
         str(expert) for expert in range(10)
     ]
     assert len(case.manifest) == 30
+
+
+def test_tiny_experts_are_all_tensors_of_the_model_in_256_bytes_each() -> None:
+    case, model = tiny_experts(), model_shape(EXPERTS)
+    assert case.name == TINY_EXPERTS
+    assert list(case.manifest.by_name) == list(model.by_name)
+    assert {spec.nbytes for spec in case.manifest.specs} == {256}
+    for tiny, whole in zip(case.manifest.specs, model.specs, strict=True):
+        assert (tiny.shape[0] < tiny.shape[1]) == (whole.shape[0] < whole.shape[1])
 
 
 def test_a_limit_below_one_layer_is_refused_with_its_size() -> None:
@@ -135,6 +171,31 @@ def test_content_is_the_same_in_every_process() -> None:
     Content(torch.device("cpu")).write([first])
     Content(torch.device("cpu")).write([second])
     assert torch.equal(first, second)
+
+
+def test_content_can_be_written_from_any_number_on() -> None:
+    content = Content(torch.device("cpu"))
+    tensors = [torch.empty(100, dtype=torch.uint8) for _ in range(5)]
+    content.write(tensors[:2])
+    content.write(tensors[2:], 2)
+    assert content.count_wrong(tensors) == 0
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 8, 1001])
+def test_the_digests_that_are_compared_with_are_as_documented(nbytes: int) -> None:
+    data = torch.arange(nbytes).to(torch.uint8)
+    most, gamma = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def scramble(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & most
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & most
+        return x ^ (x >> 31)
+
+    expected = scramble((nbytes + gamma) & most)
+    for index in range(-(-nbytes // 8)):
+        word = int.from_bytes(bytes(data[index * 8 : index * 8 + 8].tolist()), "little")
+        expected += scramble(word ^ ((index + 1) * gamma & most))
+    assert int(reference_digest(data)) & most == expected & most
 
 
 def test_percentile_95_is_a_measured_value() -> None:
@@ -197,12 +258,14 @@ def test_a_run_gives_complete_json(finished: tuple[Path, str]) -> None:
     text = (folder / "cpu-test.json").read_text()
     document = json.loads(text)
     rows = document["rows"]
-    assert {line["suite"] for line in rows} == {"pack", "apply", "broadcast"}
+    suites = {line["suite"] for line in rows}
+    assert suites == {"pack", "apply", "digest", "cast", "broadcast", "sync"}
     for line in rows:
         assert set(line) == ROW_KEYS
         assert line["wrong"] == 0
         assert line["repeats"] == 3
         assert 0 < line["median_us"] <= line["p95_us"]
+        assert 0 < line["host_us"] <= line["p95_us"]
         assert line["way"] in printed
     families = {line["family"] for line in rows if line["suite"] == "broadcast"}
     assert families >= {
@@ -213,8 +276,57 @@ def test_a_run_gives_complete_json(finished: tuple[Path, str]) -> None:
     }
     assert {line["limit"] for line in rows if line["family"] == "per tensor"} == {"raw broadcast"}
     assert document["machine"]["torch"] == torch.__version__
-    assert [case["kept"] < 1 for case in document["cases"]] == [True, True]
+    assert [case["kept"] < 1 for case in document["cases"]] == [True] * 4
     assert document["failures"] == []
+
+
+def test_casts_and_plain_copies_count_what_is_read_and_written(
+    finished: tuple[Path, str],
+) -> None:
+    document = json.loads((finished[0] / "cpu-test.json").read_text())
+    (case,) = (entry for entry in document["cases"] if entry["suite"] == "cast")
+    lines = [line for line in document["rows"] if line["suite"] == "cast"]
+    assert {line["family"] for line in lines} == {
+        "packedcomm BufferPlan",
+        "packedcomm CopyPlan",
+        "to, then pack",
+        "foreach",
+        "memcpy",
+    }
+    # All tensors are float32, of which half as many bytes are written as are read.
+    assert {line["nbytes"] for line in lines} == {case["nbytes"] * 3 // 2}
+
+
+def test_syncs_have_their_stages_their_overhead_and_the_memory_of_staging(
+    finished: tuple[Path, str],
+) -> None:
+    rows = json.loads((finished[0] / "cpu-test.json").read_text())["rows"]
+    lines = {line["way"]: line for line in rows if line["suite"] == "sync"}
+    bare = lines.pop("bare broadcast")
+    assert len(lines) == 4
+    for way, line in lines.items():
+        details = line["details"]
+        assert line["limit"] == "bare broadcast"
+        assert details["stages_us"].keys() >= {"agree", "wire", "verify", "commit", "total"}
+        assert details["stages_us"]["total"] <= line["p95_us"]
+        assert details["overhead_us"] == pytest.approx(line["median_us"] - bare["median_us"])
+        if "staged" in way:
+            assert details["staging_bytes"] == details["staging_formula_bytes"] >= line["nbytes"]
+
+
+def test_every_way_of_the_experts_suite_fills_the_fused_weights(experts: Path) -> None:
+    document = json.loads((experts / "cpu-test.json").read_text())
+    assert {line["family"]: line["wrong"] for line in document["rows"]} == {
+        "packedcomm native": 0,
+        "packedcomm vLLM format": 0,
+        "copy_ per tensor": 0,
+        "foreach, views made before": 0,
+    }
+    assert {line["tensors"] for line in document["rows"]} == {18_432}
+    rows = {line["way"]: line["host_us"] for line in document["rows"]}
+    (bar,) = (bar for bar in document["bars"] if bar["measured"] is not None)
+    ours = min(rows["packedcomm native"], rows["packedcomm vLLM format"])
+    assert bar["measured"] == pytest.approx(rows["copy_ per tensor"] / ours, abs=1e-3)
 
 
 def test_a_result_has_no_hostname_and_no_absolute_path(finished: tuple[Path, str]) -> None:
@@ -258,6 +370,56 @@ def test_a_corrupted_way_is_reported_wrong_and_fails_the_run(tmp_path: Path) -> 
     assert set(wrong.values()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("suite", "way"),
+    [
+        ("cast", "packedcomm BufferPlan"),
+        ("pack", "packedcomm DigestPlan"),
+        ("sync", "sync staged, verified"),
+    ],
+)
+def test_a_corrupted_cast_digest_or_sync_is_reported_wrong(
+    tmp_path: Path, suite: str, way: str
+) -> None:
+    out = tmp_path / "cpu-test.json"
+    process = run_benchmarks(out, "--suite", suite, "--repeats", "1", "--corrupt", way)
+    assert process.returncode == 1, process.stdout + process.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {line["way"] for line in rows if line["wrong"]} == {way}
+
+
+# Profile of later syncs.
+
+
+def profile(tensors: int, calls: int, c_calls: int, host_us: float) -> Profile:
+    return Profile("in place", "sender", tensors, calls, c_calls, host_us, "some.py:function 9")
+
+
+def test_a_sync_whose_cost_does_not_depend_on_the_tensors_has_no_problem() -> None:
+    profiles = [profile(5000, 403, 301, 900.0), profile(500, 400, 300, 500.0)]
+    assert growth_problems(profiles) == []
+
+
+@pytest.mark.parametrize(
+    ("large", "problem"),
+    [
+        (profile(5000, 4900, 300, 500.0), "4500 more Python calls for 4,500 more tensors"),
+        (profile(5000, 400, 9300, 500.0), "9000 more C calls"),
+        (profile(5000, 400, 300, 9500.0), "9000 more microseconds"),
+    ],
+)
+def test_what_grows_with_the_tensors_is_a_problem(large: Profile, problem: str) -> None:
+    (text,) = growth_problems([profile(500, 400, 300, 500.0), large])
+    assert text.startswith(f"in place, sender: {problem}")
+    assert text.endswith("called most: some.py:function 9")
+
+
+def test_later_syncs_make_no_python_calls_per_tensor() -> None:
+    process = run_module("benchmarks.profile_sync", "--tensors", "60", "600")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("verified") == 8
+
+
 # Report.
 
 
@@ -276,10 +438,24 @@ def test_the_report_writes_tables_that_its_check_accepts(
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| minilm" in text
+    for title in ("Casting float32 to bfloat16", "Digests", "Syncs of a session"):
+        assert title in text
     first = chart.read_bytes()
     assert b"<svg" in first
     assert report.main(arguments) == 0
     assert chart.read_bytes() == first
+
+
+def test_the_report_has_the_host_time_of_the_experts(experts: Path) -> None:
+    text = render_tables(load_results(experts))
+    header, _, line = text.splitlines()[-3:]
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert cells["tensors"] == "18,432"
+    rows = json.loads((experts / "cpu-test.json").read_text())["rows"]
+    loop = next(row for row in rows if row["way"] == "copy_ per tensor")
+    host, done = (float(text) for text in cells["copy_ per tensor"].rstrip(")").split(" ("))
+    assert host == pytest.approx(loop["host_us"] / 1e3, rel=0.01)
+    assert done == pytest.approx(loop["median_us"] / 1e3, rel=0.01)
 
 
 def test_the_report_refuses_a_readme_without_markers(
