@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from packedcomm import Manifest, TensorSpec, TensorTarget, broadcast_consumer, broadcast_producer
-from packedcomm.copying import Part
 from packedcomm.communicators.base import Communicator, contiguous_bytes
+from packedcomm.copying import Part
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,

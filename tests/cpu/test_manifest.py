@@ -46,7 +46,9 @@ def test_the_digest_is_of_names_dtypes_shapes_and_order():
     ]
     assert len({Manifest(v).digest for v in variants}) == len(variants)
     # Fixed for ever: digests travel between versions.
-    assert Manifest([a]).to_json() == '{"attributes":{},"tensors":[["a","float32",[2,3]]],"version":1}'
+    assert (
+        Manifest([a]).to_json() == '{"attributes":{},"tensors":[["a","float32",[2,3]]],"version":1}'
+    )
 
 
 def test_every_dtype_has_torchs_size():
