@@ -17,7 +17,9 @@ class Target(Protocol):
     into them.
 
     A target whose memory stays where it is says so by an attribute `fixed_destinations = True`:
-    `place` is then called once per manifest and group, not at every transfer.
+    `place` is then called once per manifest and group, not at every transfer, and again if memory
+    was replaced. A target with many parts in few tensors gives these by an attribute `memory`, a
+    sequence of tensors, so that only they are looked at before a transfer.
     """
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:

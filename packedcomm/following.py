@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +33,18 @@ from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.receiving import Receiving, TargetPlan
 from packedcomm.transports.slots import PIPELINES
-from packedcomm.verification import change_statistics, compare, regions_of, whole_regions
+from packedcomm.verification import (
+    ChangeCount,
+    change_statistics,
+    compare,
+    regions_of,
+    whole_regions,
+)
 
 __all__ = ["Following", "Update"]
 
 # Manifests, and what was planned for them, that are remembered.
 _KEPT_MANIFESTS = 8
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +85,14 @@ class ShownDigests:
             self._found.append(([name for name, _ in items], plan.run()))
         self._callback(self._version, items)
 
-    def take(self, manifest: Manifest) -> list[int]:
-        """The digests in the manifest's order; waits for a GPU."""
+    def take(self, manifest: Manifest) -> torch.Tensor:
+        """The digests as int64 in the manifest's order; waits for a GPU."""
         found = {
-            name: digest & _MASK
+            name: digest
             for names, digests in self._found
             for name, digest in zip(names, digests.tolist(), strict=True)
         }
-        return [found[spec.name] for spec in manifest.specs]
+        return torch.tensor([found[spec.name] for spec in manifest.specs], dtype=torch.int64)
 
 
 class Following:
@@ -104,7 +108,7 @@ class Following:
         self._session = session
         self._manifests: dict[str, Manifest] = {}
         self._held: dict[str, Held] = {}
-        self._last_digests: dict[str, tuple[int, ...]] = {}
+        self._changes = ChangeCount()
         self.torn = False
         """Whether a failure has left destinations half written."""
         self.broken = False
@@ -141,7 +145,7 @@ class Following:
         cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
         group = session.communicator
         with PIPELINES.borrow(group, session.device, session.settings.num_buffers) as pipeline:
-            receiving = Receiving(pipeline, group, 0, cut, target, note)
+            receiving = Receiving(pipeline, group, 0, cut, target, note, self._wait)
             with measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
                 known = offer.verify and self._known(manifest, plan)
@@ -158,7 +162,6 @@ class Following:
         try:
             with abort_on_failure(self._session.communicator, "sync"):
                 receiving.run(manifest)
-                self._wait()
         except Exception as error:
             self.broken = True
             cause = await_cause(error, self._session.failure)
@@ -179,12 +182,12 @@ class Following:
         session = self._session
         changed = None
         with measured(seconds, "verify"):
-            digests = self._digests(manifest, shown) if offer.verify else ()
+            digests = self._digests(manifest, shown) if offer.verify else None
             moved = self._expect(Moved)
-            if offer.verify:
+            if digests is not None:
                 regions = self._held[manifest.digest].regions
                 compare(manifest, regions, moved.digests, digests)
-                changed = self._count_changed(manifest, regions, digests)
+                changed = self._changes.count(manifest, digests, regions)
             changes: dict[str, ChangeStatistics] = {}
             if offer.statistics:
                 changes = change_statistics(target.staged_pairs(manifest))
@@ -243,24 +246,12 @@ class Following:
         self._held[manifest.digest] = held
         return held.regions
 
-    def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> Sequence[int]:
+    def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> torch.Tensor:
         if shown is not None:
             return shown.take(manifest)
         memory = self._held[manifest.digest].memory
         assert memory is not None
-        return [digest & _MASK for digest in memory.run().tolist()]
-
-    def _count_changed(
-        self, manifest: Manifest, regions: Sequence[Region], digests: Sequence[int]
-    ) -> int | None:
-        by_name: dict[str, tuple[int, ...]] = {}
-        for region, digest in zip(regions, digests, strict=True):
-            name = manifest.specs[region.tensor].name
-            by_name[name] = (*by_name.get(name, ()), digest)
-        before = self._last_digests
-        changed = sum(before.get(name) != digest for name, digest in by_name.items())
-        self._last_digests = {**before, **by_name}
-        return changed if before else None
+        return memory.run().cpu()
 
     def _expect(self, kind: type[Any]) -> Any:
         message = self._session.receive(self._session.settings.operation_timeout_s)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.copying import Part
 from packedcomm.errors import ProtocolError
@@ -31,7 +33,7 @@ from packedcomm.sources import Snapshot
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.chunk_plans import Entry, entry_of
 from packedcomm.transports.sending import Sending
-from packedcomm.verification import RegionDigests, whole_regions
+from packedcomm.verification import RegionDigests, packed_digests, whole_regions
 
 __all__ = ["Leading"]
 
@@ -48,12 +50,16 @@ class Digests:
             numbers.setdefault(region, len(numbers))
         self.computed = RegionDigests(manifest, list(numbers))
         self.tensors = len(manifest)
-        self._by_receiver = [[numbers[region] for region in regions] for regions in held]
+        self._by_receiver = [
+            torch.tensor([numbers[region] for region in regions], dtype=torch.int64)
+            for regions in held
+        ]
+        self.held = held
         self.entries: list[Entry] | None = None
 
-    def for_receivers(self, digests: Sequence[int]) -> list[Moved]:
+    def for_receivers(self, digests: torch.Tensor) -> list[Moved]:
         """The message to each receiver: the digests of its regions."""
-        return [Moved(tuple(digests[n] for n in numbers)) for numbers in self._by_receiver]
+        return [Moved(packed_digests(digests[numbers])) for numbers in self._by_receiver]
 
 
 class Leading:
@@ -87,7 +93,7 @@ class Leading:
             self._remember(digest, replies)
             if self._verify:
                 self._digest_plan = self._digests.get(snapshot)
-                if self._digest_plan is None:
+                if self._digest_plan is None or self._digest_plan.held is not self._held[digest]:
                     self._digest_plan = Digests(manifest, self._held[digest])
                     self._digests[snapshot] = self._digest_plan
             self._session.tell(Proceed(version))
@@ -104,7 +110,8 @@ class Leading:
             if not isinstance(reply, Ready):
                 raise ProtocolError(f"receiver rank {rank + 1} answered an offer with {reply!r}")
             if reply.regions is not None:
-                held[rank] = reply.regions
+                # Another list, by which whatever was made of the old one is known to be old.
+                held = [*held[:rank], reply.regions, *held[rank + 1 :]]
         while len(self._agreed) >= _KEPT_MANIFESTS and digest not in self._agreed:
             oldest = next(iter(self._agreed))
             del self._agreed[oldest], self._held[oldest]
@@ -126,7 +133,7 @@ class Leading:
 
         try:
             with abort_on_failure(session.communicator, "sync"):
-                Sending(session.communicator, 0, cut, inspect).run_parts(
+                Sending(session.communicator, 0, cut, inspect, self._wait).run_parts(
                     snapshot.manifest,
                     gathered if snapshot.parts is None else snapshot.parts,
                     session.device,
@@ -134,7 +141,6 @@ class Leading:
                     note,
                     keep_for=None if snapshot.parts is None else snapshot,
                 )
-                self._wait("sync")
         except Exception as error:
             cause = await_cause(error, self._session.failure)
             # Receivers that were waiting learn why, and nobody uses what is left of the transport.
@@ -156,11 +162,11 @@ class Leading:
                 ]
             digests.computed.run_kept(range(digests.tensors), digests.entries)
 
-    def verify(self, seconds: dict[str, float]) -> Sequence[int]:
+    def verify(self, seconds: dict[str, float]) -> torch.Tensor | None:
         """Have every receiver say that it holds everything; returns each tensor's digest."""
         with measured(seconds, "verify"), self._cancelling():
-            found: Sequence[int] = ()
-            messages = [Moved(())] * (self._session.world_size - 1)
+            found: torch.Tensor | None = None
+            messages = [Moved()] * (self._session.world_size - 1)
             digests = self._digest_plan
             if self._verify and digests is not None:
                 found = digests.computed.take()
@@ -171,7 +177,7 @@ class Leading:
                     # The slowest receiver's; of stages that the sender has too, the sender's.
                     if stage == "unpack":
                         seconds[stage] = max(seconds.get(stage, 0.0), spent)
-            return found[: digests.tensors] if digests is not None and self._verify else ()
+            return None if found is None or digests is None else found[: digests.tensors]
 
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
@@ -188,14 +194,14 @@ class Leading:
         with self._cancelling():
             self._session.ask(NoChange(version), Committed)
 
-    def _wait(self, operation: str) -> None:
+    def _wait(self) -> None:
         def look() -> None:
             failure = self._session.failure()
             if failure is not None:
                 raise failure
 
         wait_for_device(
-            self._session.device, self._session.settings.operation_timeout_s, look, operation
+            self._session.device, self._session.settings.operation_timeout_s, look, "sync"
         )
 
     @contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
 
 from packedcomm.errors import ArgumentError, RemoteError
 from packedcomm.leading import Leading
-from packedcomm.manifest import Manifest
 from packedcomm.policy import SyncPolicy
 from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
 from packedcomm.session import SenderSession
@@ -22,6 +23,7 @@ from packedcomm.sources import (
     Source,
     holds_dtensors,
 )
+from packedcomm.verification import ChangeCount
 
 __all__ = ["FullWeightSender", "LoraSender"]
 
@@ -68,7 +70,7 @@ class FullWeightSender:
         self._policy = policy or SyncPolicy()
         self._session = session
         self._leading = None if session is None else Leading(session, verify, statistics)
-        self._last_digests: dict[str, int] = {}
+        self._changes = ChangeCount()
 
     def _as_source(self, source: Any) -> Source:
         if isinstance(source, Source):
@@ -121,8 +123,8 @@ class FullWeightSender:
             self._follow(snapshot)
         else:
             digests, changes = self._lead(self._leading, snapshot, version, seconds)
-            if self._verify:
-                changed = self._count_changed(manifest, digests)
+            if digests is not None:
+                changed = self._changes.count(manifest, digests)
         seconds["total"] = time.perf_counter() - begin
         self.version = version
         if changed == 0 and len(manifest):
@@ -174,7 +176,7 @@ class FullWeightSender:
 
     def _lead(
         self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
-    ) -> tuple[Sequence[int], Mapping[str, ChangeStatistics]]:
+    ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
         with self._sharing_failure():
             leading.agree(snapshot, version, seconds)
         gathered = iter(()) if snapshot.parts is not None else self.source.gather(snapshot)
@@ -210,16 +212,6 @@ class FullWeightSender:
         failure = self.source.share(None)
         if failure is not None:
             raise RemoteError(f"the leading process of the trainer failed: {failure}")
-
-    def _count_changed(self, manifest: Manifest, digests: Sequence[int]) -> int | None:
-        before = self._last_digests
-        names = manifest.by_name
-        changed = sum(
-            before.get(name) != digest for name, digest in zip(names, digests, strict=True)
-        )
-        first = not before
-        before.update(zip(names, digests, strict=True))
-        return None if first else changed
 
 
 class LoraSender(FullWeightSender):

@@ -7,6 +7,8 @@ So slices of a tensor-parallel rank and scaled LoRA matrices are compared bit by
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +24,21 @@ from packedcomm.session.messages import Region
 from packedcomm.targets.staged import StagedPart
 from packedcomm.transports.chunk_plans import Composed, Entry
 
-__all__ = ["RegionDigests", "change_statistics", "compare", "regions_of", "whole_regions"]
+__all__ = [
+    "ChangeCount",
+    "RegionDigests",
+    "change_statistics",
+    "compare",
+    "packed_digests",
+    "regions_of",
+    "whole_regions",
+]
 
 # Converted values that a digest needs are kept from one sync to the next up to this size.
 _KEPT_BYTES = 64 << 20
 
 # Elements that change statistics look at in one go.
 _SLICE = 16 << 20
-
-_MASK = (1 << 64) - 1
 
 
 def regions_of(parts: Sequence[Sequence[Part]]) -> tuple[Region, ...]:
@@ -56,31 +64,90 @@ def whole_regions(manifest: Manifest) -> tuple[Region, ...]:
     )
 
 
-def compare(
-    manifest: Manifest, regions: Sequence[Region], sent: Sequence[int], held: Sequence[int]
-) -> None:
-    """Raise `IntegrityError`, listing up to ten tensors, unless all digests are equal."""
-    if len(sent) != len(regions) or len(held) != len(regions):
+def compare(manifest: Manifest, regions: Sequence[Region], sent: bytes, held: torch.Tensor) -> None:
+    """Raise `IntegrityError`, listing up to ten tensors, unless all digests are equal.
+
+    Args:
+        manifest: what was sent.
+        regions: whose digests these are.
+        sent: as `packed_digests` makes them.
+        held: int64.
+    """
+    found = packed_digests(held)
+    if len(sent) != len(found):
         raise ProtocolError(
-            f"{len(sent)} digests came for {len(regions)} regions, {len(held)} were computed"
+            f"{len(sent) // 8} digests came for {len(regions)} regions of what was received"
         )
+    if sent == found:
+        return
     names = {
         manifest.specs[region.tensor].name: None
-        for region, a, b in zip(regions, sent, held, strict=True)
-        if a != b
+        for i, region in enumerate(regions)
+        if sent[8 * i : 8 * i + 8] != found[8 * i : 8 * i + 8]
     }
-    if names:
-        raise IntegrityError(
-            "received values differ from those that were sent: "
-            + listed([repr(name) for name in names])
-        )
+    raise IntegrityError(
+        "received values differ from those that were sent: "
+        + listed([repr(name) for name in names])
+    )
+
+
+def packed_digests(digests: torch.Tensor) -> bytes:
+    """Digests (int64) as bytes, 8 each, little-endian."""
+    packed = array("q", digests.tolist())
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+class ChangeCount:
+    """Counts how many tensors changed from one sync to the next, by their digests."""
+
+    def __init__(self) -> None:
+        self._digest = ""
+        self._names: Sequence[str] = ()
+        self._last = torch.empty(0, dtype=torch.int64)
+        self._owners = torch.empty(0, dtype=torch.int64)
+        # Of syncs before the last one with other manifests.
+        self._older: dict[str, list[int]] = {}
+
+    def count(
+        self, manifest: Manifest, digests: torch.Tensor, regions: Sequence[Region] | None = None
+    ) -> int | None:
+        """Compare with the last sync, and remember this one.
+
+        Args:
+            manifest: what was sent.
+            digests: int64, one per region.
+            regions: whose digests they are; None for whole tensors in the manifest's order.
+
+        Returns:
+            How many tensors differ or are new; None at the first sync.
+        """
+        if manifest.digest == self._digest and len(digests) == len(self._last):
+            changed = len(set(self._owners[digests != self._last].tolist()))
+            self._last = digests
+            return changed
+        first = not self._digest
+        self._older |= self._by_name()
+        self._digest, self._names, self._last = manifest.digest, list(manifest.by_name), digests
+        owners = range(len(digests)) if regions is None else [r.tensor for r in regions]
+        self._owners = torch.tensor(owners, dtype=torch.int64)
+        changed = sum(self._older.get(n) != found for n, found in self._by_name().items())
+        return None if first else changed
+
+    def _by_name(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for owner, digest in zip(self._owners.tolist(), self._last.tolist(), strict=True):
+            found.setdefault(self._names[owner], []).append(digest)
+        return found
 
 
 @dataclass(slots=True)
 class _Batch:
     """Digests of some regions, in their order."""
 
-    order: list[int]
+    order: torch.Tensor
+    """Numbers of the regions."""
     prepare: list[Callable[[], None]]
     """Fill the temporary memory that some of the digests are of."""
     digests: DigestPlan
@@ -109,7 +176,7 @@ class RegionDigests:
         for number, region in enumerate(regions):
             _check_region(manifest, region)
             self._by_tensor.setdefault(region.tensor, []).append(number)
-        self._found: list[tuple[list[int], torch.Tensor]] = []
+        self._found: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._kept: list[_Batch] | None = None
 
     def inspect(self, indices: Sequence[int], entries: Sequence[Entry]) -> None:
@@ -132,14 +199,13 @@ class RegionDigests:
         for index, entry in zip(indices, entries, strict=True):
             self.inspect([index], [entry])
 
-    def take(self) -> tuple[int, ...]:
-        """All digests, in the order of the regions; waits for a GPU."""
-        digests = [0] * len(self._regions)
+    def take(self) -> torch.Tensor:
+        """All digests as int64 on the CPU, in the order of the regions; waits for a GPU."""
+        digests = torch.zeros(len(self._regions), dtype=torch.int64)
         for order, values in self._found:
-            for number, value in zip(order, values.tolist(), strict=True):
-                digests[number] = value & _MASK
+            digests[order] = values.cpu()
         self._found.clear()
-        return tuple(digests)
+        return digests
 
     def _batches(self, indices: Sequence[int], entries: Sequence[Entry]) -> list[_Batch]:
         by_device: dict[torch.device, list[tuple[int, Entry]]] = {}
@@ -174,7 +240,8 @@ class RegionDigests:
                 views.append(view)
         if pairs:
             prepare.append(CopyPlan(pairs, cast=True).run)
-        return _Batch(order, prepare, DigestPlan(views), temporary)
+        numbers = torch.tensor(order, dtype=torch.int64)
+        return _Batch(numbers, prepare, DigestPlan(views), temporary)
 
 
 def _stop(region: Region) -> tuple[int, ...]:

@@ -280,10 +280,12 @@ class Moved(Message):
 
     from_sender = True
 
-    digests: Annotated[
-        tuple[int, ...], tuple_of(integer(0, (1 << 64) - 1), DEFAULTS.max_tensors)
-    ] = ()
-    """One for each region that this receiver asked for."""
+    digests: Annotated[bytes, short_bytes(8 * DEFAULTS.max_tensors)] = b""
+    """One for each region that this receiver asked for, 8 bytes each, little-endian."""
+
+    def conflict(self) -> str | None:
+        size = len(self.digests)
+        return f"{size} bytes are no digests of 8 bytes" if size % 8 else None
 
 
 @dataclass(frozen=True, slots=True)

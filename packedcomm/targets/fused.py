@@ -82,6 +82,11 @@ class FusedTarget:
             self._rename = rename
         self._placements = Placements(self._parameters)
 
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """The parameters, each once."""
+        return self._placements.tensors
+
     def layout(self, manifest: Manifest) -> Layout:
         """Which box of each tensor lies where in this rank's parameters.
 

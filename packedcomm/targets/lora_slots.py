@@ -140,6 +140,11 @@ class LoraSlotTarget:
         """
         return self._placements.get(manifest, self._place).layout
 
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """All stacked tensors."""
+        return self._placements.tensors
+
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """This rank's boxes of each matrix; those of B carry the scaling.
 

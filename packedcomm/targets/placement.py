@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packedcomm.copying import CopyPlan, Part
+from packedcomm.copying import CopyPlan, Part, TensorRecord
 from packedcomm.errors import ManifestError, TensorError, listed
 from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest, dtype_name
@@ -61,15 +61,17 @@ class Placement:
         if problems:
             raise ManifestError(listed(list(problems)))
         parts = tuple(tuple(placed[spec.name]) for spec in manifest.specs)
+        # One row of zeros serves all: rows are contiguous runs, which single zeros wouldn't be.
+        longest = max((box.shape[-1] for _, box in layout.padding if box.shape), default=1)
         zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         pairs = []
         for parameter, box in layout.padding:
             tensor = memory[parameter]
-            zero = zeros.setdefault(
-                (tensor.dtype, tensor.device),
-                torch.zeros((), dtype=tensor.dtype, device=tensor.device),
-            )
-            pairs.append((zero.expand(box.shape), box_view(box, tensor)))
+            kind = (tensor.dtype, tensor.device)
+            if kind not in zeros:
+                zeros[kind] = torch.zeros(longest, dtype=kind[0], device=kind[1])
+            row = zeros[kind][: box.shape[-1]] if box.shape else zeros[kind][0]
+            pairs.append((row.expand(box.shape), box_view(box, tensor)))
         return cls(layout, parts, CopyPlan(pairs) if pairs else None)
 
     def zero(self) -> None:
@@ -86,9 +88,15 @@ class Placements:
     """
 
     def __init__(self, memory: Mapping[str, torch.Tensor]) -> None:
-        self._memory = memory
-        self._addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
+        self._names = list(memory)
+        self._tensors = list(memory.values())
+        self._record = TensorRecord(self._tensors)
         self._kept: dict[str, Placement] = {}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The memory."""
+        return self._tensors
 
     def get(self, manifest: Manifest, make: Callable[[Manifest], Placement]) -> Placement:
         """The placement of a manifest, made if it isn't kept.
@@ -96,9 +104,11 @@ class Placements:
         Raises:
             TensorError: memory has been replaced since the beginning.
         """
-        for name, tensor in self._memory.items():
-            if tensor.data_ptr() != self._addresses[name]:
-                raise TensorError(f"{name!r} has been given other memory: make a new target")
+        changed = self._record.first_change(self._tensors)
+        if changed >= 0:
+            raise TensorError(
+                f"{self._names[changed]!r} has been given other memory: make a new target"
+            )
         placement = self._kept.get(manifest.digest)
         if placement is None:
             placement = make(manifest)

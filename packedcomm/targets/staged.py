@@ -66,6 +66,11 @@ class StagedTarget:
         """Bytes of staging memory held now."""
         return sum(memory.nbytes for memory in self._memory.values())
 
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """The staging memory, and what the inner target's parts are views of."""
+        return [*self._memory.values(), *getattr(self._target, "memory", ())]
+
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """Staging memory for each part of the inner target.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -15,11 +15,24 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A context around one transfer: times the stages' lanes and emits its events."""
+    """A context around one transfer: times the stages' lanes and emits its events.
 
-    def __init__(self, stages: Mapping[str, Lane], on_event: OnEvent | None) -> None:
+    Args:
+        stages: lanes by the name of their stage.
+        on_event: who asked; None for nobody.
+        wait: waits until everything is done, in a way that can be given up. Without it reading the
+            times of a GPU's lanes waits in the driver.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, Lane],
+        on_event: OnEvent | None,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self._stages = stages
         self._on_event = on_event
+        self._wait = wait
         self._begin = 0.0
         self._chunks = self._tensors = self._nbytes = 0
 
@@ -45,7 +58,11 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._on_event is None or error is not None:
+        if error is not None:
+            return
+        if self._wait is not None:
+            self._wait()
+        if self._on_event is None:
             return
         seconds = {stage: lane.seconds() for stage, lane in self._stages.items()}
         seconds["total"] = time.perf_counter() - self._begin

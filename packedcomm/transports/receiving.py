@@ -62,6 +62,8 @@ class TargetPlan:
     """By tensor, as the target placed them."""
     destinations: list[torch.Tensor]
     """The memory of all parts, in order."""
+    memory: list[torch.Tensor]
+    """The tensors that these are views of."""
     record: TensorRecord
     """Where that was when the plan was made."""
 
@@ -89,6 +91,7 @@ class Receiving:
         cut: Cut,
         receiver: Callback | Target | None,
         on_event: OnEvent | None,
+        wait: Callable[[], None] | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._group = group
@@ -97,7 +100,8 @@ class Receiving:
         self._receiver = receiver
         self._callback: Callback = _drop
         self._placed: TargetPlan | None = None
-        self._progress = Progress({"wire": pipeline.wire, "unpack": pipeline.copy}, on_event)
+        stages = {"wire": pipeline.wire, "unpack": pipeline.copy}
+        self._progress = Progress(stages, on_event, wait)
         self._pulled: dict[int, Spec] = {}
         self._seen: set[str] = set()
         # Where broadcasts run in the background the next one is started before the last chunk is
@@ -146,7 +150,7 @@ class Receiving:
         if getattr(target, "fixed_destinations", False):
             kept = self._pipeline.plans.setdefault(target, {})
         plan = kept.get(key)
-        if plan is None or plan.record.first_change(plan.destinations) >= 0:
+        if plan is None or plan.record.first_change(plan.memory) >= 0:
             kept.pop(key, None)
             plan = self._new_plan(manifest, target)
             if len(kept) >= _KEPT_PLANS:
@@ -177,7 +181,8 @@ class Receiving:
                 )
             )
         destinations = [part.tensor for pieces in parts for part in pieces]
-        return TargetPlan(chunks, parts, destinations, TensorRecord(destinations))
+        memory = list(getattr(target, "memory", destinations))
+        return TargetPlan(chunks, parts, destinations, memory, TensorRecord(memory))
 
     def _sizes(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Iterator[int]:
         """Pull descriptions, remember them by position, yield their sizes in bytes."""

@@ -65,11 +65,19 @@ class Sending:
     """One call of the producer: chunks are pulled on the caller's stream or thread, packed in the
     copy lane and broadcast in the wire lane."""
 
-    def __init__(self, group: Any, src: int, cut: Cut, inspect: Inspect | None = None) -> None:
+    def __init__(
+        self,
+        group: Any,
+        src: int,
+        cut: Cut,
+        inspect: Inspect | None = None,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self._group = group
         self._src = src
         self._cut = cut
         self._inspect = inspect
+        self._wait = wait
         self._names: list[str] = []
         self._pulled: dict[int, Entry] = {}
         self._pipeline: Pipeline
@@ -144,7 +152,8 @@ class Sending:
         with PIPELINES.borrow(self._group, device, num_buffers) as pipeline:
             self._pipeline = pipeline
             self._sent = deque(maxlen=num_buffers + 1)
-            with Progress({"pack": pipeline.copy, "wire": pipeline.wire}, on_event) as progress:
+            stages = {"pack": pipeline.copy, "wire": pipeline.wire}
+            with Progress(stages, on_event, self._wait) as progress:
                 for plan in plans():
                     self._send(plan)
                     chunk = plan.chunk

@@ -429,9 +429,6 @@ def test_later_syncs_make_no_python_calls_per_tensor(
     assert "arrived wrong" not in profiled.stdout
 
 
-@pytest.mark.xfail(
-    strict=True, reason="digests in messages are checked and compared one by one in Python"
-)
 def test_later_verified_syncs_make_no_python_calls_per_tensor(
     profiled: subprocess.CompletedProcess[str],
 ) -> None:
