@@ -11,7 +11,7 @@ import torch
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.digests import DigestPlan
 from packedcomm.endpoints import Target
-from packedcomm.errors import ArgumentError, ProtocolError
+from packedcomm.errors import ArgumentError, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
@@ -19,6 +19,7 @@ from packedcomm.results import ChangeStatistics
 from packedcomm.session import ReceiverSession
 from packedcomm.session.messages import (
     Cancel,
+    Close,
     Commit,
     Moved,
     NeedManifest,
@@ -109,12 +110,17 @@ class Following:
         self._manifests: dict[str, Manifest] = {}
         self._held: dict[str, Held] = {}
         self._changes = ChangeCount()
-        self.torn = False
-        """Whether a failure has left destinations half written."""
+        self._torn: set[str] = set()
         self.broken = False
         """Whether the transport has failed, so that there can't be another sync."""
         self.cancelled = False
         """Whether the last failure was the sender's, who needn't be told then."""
+
+    @property
+    def torn(self) -> bool:
+        """Whether failures have left destinations of which some are new, some old, that no later
+        sync has written whole."""
+        return bool(self._torn)
 
     def receive(self, offer: Offer, enter: Callable[[str], None]) -> Update:
         """Take part in the sync that is offered, up to its commit.
@@ -148,17 +154,24 @@ class Following:
             receiving = Receiving(pipeline, group, 0, cut, target, note, self._wait)
             with measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
-                known = offer.verify and self._known(manifest, plan)
+                known = offer.regions_known and self._known(manifest, plan)
                 new = offer.verify and not known
-                session.reply(Ready(self._hold(manifest, plan) if new else None))
-                self._expect(Proceed)
+                ready = Ready(self._hold(manifest, plan) if new else None)
+                session.reply(ready)
+                while isinstance(again := self._expect(Proceed, Offer), Offer):
+                    # Another receiver needed the manifest, so all are asked once more.
+                    if again.digest != offer.digest:
+                        raise ProtocolError("the sender offers something else meanwhile")
+                    session.reply(ready)
             enter("receiving")
-            self._move(receiving, manifest, staged=isinstance(target, StagedTarget))
+            in_place = shown is None and not isinstance(target, StagedTarget)
+            self._move(receiving, manifest, in_place=in_place)
         return self._finish(offer, manifest, target, shown, seconds, enter)
 
-    def _move(self, receiving: Receiving, manifest: Manifest, *, staged: bool) -> None:
-        # In place, old weights are overwritten from here on.
-        self.torn = not staged
+    def _move(self, receiving: Receiving, manifest: Manifest, *, in_place: bool) -> None:
+        if in_place:
+            # Old weights are overwritten from here on.
+            self._torn.update(manifest.by_name)
         try:
             with abort_on_failure(self._session.communicator, "sync"):
                 receiving.run(manifest)
@@ -180,14 +193,14 @@ class Following:
         enter: Callable[[str], None],
     ) -> Update:
         session = self._session
-        changed = None
+        changed: int | None = None
         with measured(seconds, "verify"):
             digests = self._digests(manifest, shown) if offer.verify else None
             moved = self._expect(Moved)
+            regions: tuple[Region, ...] = ()
             if digests is not None:
                 regions = self._held[manifest.digest].regions
                 compare(manifest, regions, moved.digests, digests)
-                changed = self._changes.count(manifest, digests, regions)
             changes: dict[str, ChangeStatistics] = {}
             if offer.statistics:
                 changes = change_statistics(target.staged_pairs(manifest))
@@ -199,11 +212,13 @@ class Following:
                 f"the sender commits version {decided.version}, offered was {offer.version}"
             )
         with measured(seconds, "commit"):
-            self.torn = True
             if shown is None:
+                self._torn.update(manifest.by_name)
                 target.commit(manifest)
             self._wait()
-            self.torn = False
+            self._torn.difference_update(manifest.by_name)
+        if digests is not None:
+            changed = self._changes.count(manifest, digests, regions)
         return Update(
             offer.version,
             len(manifest),
@@ -253,15 +268,17 @@ class Following:
         assert memory is not None
         return memory.run().cpu()
 
-    def _expect(self, kind: type[Any]) -> Any:
+    def _expect(self, *kinds: type[Any]) -> Any:
         message = self._session.receive(self._session.settings.operation_timeout_s)
         if isinstance(message, Cancel):
             self.cancelled = True
             raise remote_error(message, "cancelled by the sender")
-        if not isinstance(message, kind):
-            raise ProtocolError(
-                f"the sender sent {type(message).__name__}, expected {kind.__name__}"
-            )
+        if isinstance(message, Close):
+            self.cancelled = self.broken = True
+            raise PeerLost(f"the sender has left the session: {message.reason}")
+        if not isinstance(message, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ProtocolError(f"the sender sent {type(message).__name__}, expected {expected}")
         return message
 
     def _wait(self) -> None:

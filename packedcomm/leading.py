@@ -20,6 +20,7 @@ from packedcomm.session import SenderSession
 from packedcomm.session.messages import (
     Commit,
     Committed,
+    Message,
     Moved,
     NeedManifest,
     NoChange,
@@ -99,13 +100,14 @@ class Leading:
             self._session.tell(Proceed(version))
 
     def _offer(self, version: int, digest: str, text: str) -> Sequence[Any]:
-        offer = Offer(version, digest, text, self._verify, self._statistics)
+        known = digest in self._held
+        offer = Offer(version, digest, text, self._verify, self._statistics, known)
         # A receiver that has just been given the manifest can't need it again.
         expected = (Ready,) if text else (Ready, NeedManifest)
-        return self._session.ask(offer, expected)
+        return self._ask(offer, expected)
 
     def _remember(self, digest: str, replies: Sequence[Any]) -> None:
-        held = self._held.get(digest, [()] * len(replies))
+        held = self._held.get(digest) or [()] * len(replies)
         for rank, reply in enumerate(replies):
             if not isinstance(reply, Ready):
                 raise ProtocolError(f"receiver rank {rank + 1} answered an offer with {reply!r}")
@@ -114,9 +116,11 @@ class Leading:
                 held = [*held[:rank], reply.regions, *held[rank + 1 :]]
         while len(self._agreed) >= _KEPT_MANIFESTS and digest not in self._agreed:
             oldest = next(iter(self._agreed))
-            del self._agreed[oldest], self._held[oldest]
+            del self._agreed[oldest]
+            self._held.pop(oldest, None)
         self._agreed[digest] = None
-        self._held[digest] = held
+        if self._verify:
+            self._held[digest] = held
 
     def move(
         self, snapshot: Snapshot, gathered: Iterator[Sequence[Part]], seconds: dict[str, float]
@@ -150,7 +154,7 @@ class Leading:
                 raise cause from cause.__cause__
             raise
         if digests is not None:
-            with measured(seconds, "verify"):
+            with measured(seconds, "verify"), self._cancelling():
                 self._finish_digests(snapshot, digests)
 
     def _finish_digests(self, snapshot: Snapshot, digests: Digests) -> None:
@@ -171,7 +175,7 @@ class Leading:
             if self._verify and digests is not None:
                 found = digests.computed.take()
                 messages = digests.for_receivers(found)
-            self._votes = _all_of(Staged, self._session.ask(messages, Staged))
+            self._votes = _all_of(Staged, self._ask(messages, Staged))
             for vote in self._votes:
                 for stage, spent in vote.seconds.items():
                     # The slowest receiver's; of stages that the sender has too, the sender's.
@@ -182,17 +186,26 @@ class Leading:
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
         with measured(seconds, "commit"), self._cancelling():
-            for reply in _all_of(Committed, self._session.ask(Commit(version), Committed)):
+            for reply in _all_of(Committed, self._ask(Commit(version), Committed)):
                 if reply.version != version:
                     raise ProtocolError(
                         f"a receiver committed version {reply.version}, expected {version}"
                     )
         return combined_changes([vote.changes for vote in self._votes])
 
-    def announce_no_change(self, version: int) -> None:
-        """Let every receiver show a version without data."""
+    def announce_no_change(self, version: int, since: int) -> None:
+        """Let every receiver show a version without data, of the weights of version `since`."""
         with self._cancelling():
-            self._session.ask(NoChange(version), Committed)
+            self._ask(NoChange(version, since), Committed)
+
+    def _ask(
+        self,
+        message: Message | Sequence[Message],
+        expect: type[Message] | tuple[type[Message], ...],
+    ) -> Sequence[Message]:
+        # What receivers do before they answer, planning, callbacks and verification, is part of
+        # the operation.
+        return self._session.ask(message, expect, self._session.settings.operation_timeout_s)
 
     def _wait(self) -> None:
         def look() -> None:

@@ -14,6 +14,8 @@ from packedcomm.endpoints import Target
 from packedcomm.errors import (
     ArgumentError,
     DeadlineExceeded,
+    PackedCommError,
+    PeerLost,
     ProtocolError,
     RemoteError,
     SessionStateError,
@@ -101,7 +103,8 @@ class WeightReceiver:
     def start(self, on_update: Callable[[int], Any] | None = None) -> None:
         """Receive in a background thread until the sender closes the session.
 
-        Errors end it; they are logged, shown by `status()`, and told to the sender.
+        A sync that fails before it has written anything is logged, shown by `status()` until the
+        next commit, and told to the sender; the thread goes on. Other errors end it, too.
 
         Args:
             on_update: called there with the version after each commit. What it raises ends the
@@ -167,27 +170,53 @@ class WeightReceiver:
                     message = self._next(_LOOK_S)
                 except DeadlineExceeded:
                     continue
-                result = self._take(message)
-                if result is None:
+                if not self._take_in_background(message, on_update):
                     return
-                if on_update is not None:
-                    on_update(result.version)
         except BaseException as error:
-            if self._ending.is_set():
-                return
+            if self._ending.is_set() and isinstance(error, (PeerLost, SessionStateError)):
+                return  # what closing looks like from here
             logger.exception("the receiver's thread ended")
             with self._lock:
                 self._error = error
+                self._told = False
                 if self._state != "torn":
                     self._state = "failed"
             # Nobody receives any more: the sender must know before its next sync.
-            self.session.fail(error)
+            self.session.fail(error, ended=True)
+
+    def _take_in_background(self, message: Message, on_update: Callable[[int], Any] | None) -> bool:
+        """Act on a message; a sync that failed without harm doesn't end the thread."""
+        try:
+            result = self._take(message)
+        except PackedCommError as error:
+            with self._lock:
+                harmless = self._state not in ("failed", "torn")
+                if harmless:
+                    self._error = error
+                    self._told = False
+            if not harmless:
+                raise
+            logger.warning("a sync failed, the receiver goes on: %s", error)
+            return True
+        if result is None:
+            return False
+        if on_update is not None:
+            on_update(result.version)
+        return True
 
     def _next(self, timeout_s: float | None) -> Message:
-        message = self.session.receive(timeout_s)
-        if self._cancel_due and isinstance(message, Cancel):
-            # Only the sender's answer to what this receiver has told it.
+        try:
             message = self.session.receive(timeout_s)
+            while self._cancel_due and not isinstance(message, (Cancel, Close)):
+                # Of the sync that this receiver has left: the sender hadn't heard of it yet.
+                message = self.session.receive(timeout_s)
+            if self._cancel_due and isinstance(message, Cancel):
+                # Only the sender's answer to what this receiver has told it.
+                self._cancel_due = False
+                message = self.session.receive(timeout_s)
+        except PeerLost:
+            self._set("failed")
+            raise
         self._cancel_due = False
         return message
 
@@ -202,8 +231,7 @@ class WeightReceiver:
                 self._set("failed")
                 raise RemoteError(f"the sender has left the session: {message.reason}")
             case NoChange():
-                self._note(message.version)
-                self.session.reply(Committed(message.version))
+                self._accept_no_change(message)
                 return self._result(Update(message.version), begin)
             case Offer():
                 return self._result(self._update(message), begin)
@@ -211,18 +239,32 @@ class WeightReceiver:
                 raise remote_error(message, "cancelled by the sender")
         raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")
 
+    def _accept_no_change(self, message: NoChange) -> None:
+        with self._lock:
+            state, version = self._state, self._version
+        if version != message.since:
+            error = SessionStateError(
+                f"version {message.version} has the weights of version {message.since}, but this "
+                f"receiver is {state} at version {version}"
+            )
+            self._cancel_due = True
+            self.session.fail(error)
+            raise error
+        self._note(message.version)
+        self.session.reply(Committed(message.version))
+
     def _update(self, offer: Offer) -> Update:
+        following = self._following
         try:
-            update = self._following.receive(offer, self._set)
+            update = following.receive(offer, self._set)
         except BaseException as error:
-            torn = self._following.torn
             with self._lock:
-                self._state = "torn" if torn else "failed" if self._following.broken else "idle"
-                if torn:
+                self._state = "torn" if following.torn else "failed" if following.broken else "idle"
+                if following.torn:
                     self._version = None
-            if not self._following.cancelled:
+            if not following.cancelled:
                 self._cancel_due = True
-                self.session.fail(error)
+                self.session.fail(error, ended=following.broken)
             raise
         self._note(update.version)
         self.session.reply(Committed(update.version))
@@ -230,12 +272,16 @@ class WeightReceiver:
 
     def _set(self, state: str) -> None:
         with self._lock:
-            self._state = state
+            # Torn is for good until everything that is torn has been written again.
+            if self._state != "torn" or not self._following.torn:
+                self._state = state
 
     def _note(self, version: int) -> None:
         with self._lock:
-            self._state = "committed"
-            self._version = version
+            torn = self._following.torn
+            self._state = "torn" if torn else "committed"
+            self._version = None if torn else version
+            self._error = None
             self._update_count += 1
             self._last_update_time = time.time()
 

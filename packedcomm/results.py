@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 __all__ = [
@@ -92,8 +91,9 @@ class SyncResult(Mapping[str, Any]):
     """Why a slower transport than the one asked for was used."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seconds", MappingProxyType(dict(self.seconds)))
-        object.__setattr__(self, "changes", MappingProxyType(dict(self.changes)))
+        # Plain dicts: a record must be picklable.
+        object.__setattr__(self, "seconds", dict(self.seconds))
+        object.__setattr__(self, "changes", dict(self.changes))
 
     @property
     def gb_per_s(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.errors import ArgumentError, RemoteError
+from packedcomm.errors import ArgumentError, RemoteError, SessionStateError
 from packedcomm.leading import Leading
 from packedcomm.policy import SyncPolicy
 from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
@@ -26,6 +26,8 @@ from packedcomm.sources import (
 from packedcomm.verification import ChangeCount
 
 __all__ = ["FullWeightSender", "LoraSender"]
+
+_LARGEST_VERSION = (1 << 63) - 1
 
 
 class FullWeightSender:
@@ -71,6 +73,8 @@ class FullWeightSender:
         self._session = session
         self._leading = None if session is None else Leading(session, verify, statistics)
         self._changes = ChangeCount()
+        # Whether every receiver has the weights of `version`, as far as this sender knows.
+        self._in_step = False
 
     def _as_source(self, source: Any) -> Source:
         if isinstance(source, Source):
@@ -114,6 +118,7 @@ class FullWeightSender:
         """
         begin = time.perf_counter()
         version = self._next_version(version)
+        self._in_step = False
         snapshot = self.source.snapshot()
         manifest = snapshot.manifest
         seconds: dict[str, float] = {}
@@ -127,6 +132,7 @@ class FullWeightSender:
                 changed = self._changes.count(manifest, digests)
         seconds["total"] = time.perf_counter() - begin
         self.version = version
+        self._in_step = True
         if changed == 0 and len(manifest):
             warnings.warn(
                 f"version {version} has exactly the bytes of the version before: 0 of "
@@ -151,12 +157,16 @@ class FullWeightSender:
         """Tell every receiver that `version` has the weights of the version before.
 
         Raises:
+            SessionStateError: there is no such version: nothing was sent yet, or the last sync
+                failed, or a receiver doesn't have it.
             As `sync`.
         """
         begin = time.perf_counter()
         version = self._next_version(version)
+        if self.version is None or not self._in_step:
+            raise SessionStateError("no_change: the last sync failed, or there was none")
         if self._leading is not None:
-            self._leading.announce_no_change(version)
+            self._leading.announce_no_change(version, self.version)
         self.version = version
         return SyncResult(
             version=version,
@@ -170,8 +180,8 @@ class FullWeightSender:
     def _next_version(self, version: int | None) -> int:
         if version is None:
             return 0 if self.version is None else self.version + 1
-        if type(version) is not int or version < 0:
-            raise ArgumentError(f"version must be an integer >= 0, got {version!r}")
+        if type(version) is not int or not 0 <= version <= _LARGEST_VERSION:
+            raise ArgumentError(f"version must be an integer in 0..2^63-1, got {version!r}")
         return version
 
     def _lead(
@@ -203,10 +213,19 @@ class FullWeightSender:
 
     def _follow(self, snapshot: Snapshot) -> None:
         self._raise_shared()
-        if snapshot.parts is None:
-            for _ in self.source.gather(snapshot):
-                pass
-        self._raise_shared()
+        failed: Exception | None = None
+        try:
+            if snapshot.parts is None:
+                for _ in self.source.gather(snapshot):
+                    pass
+        except Exception as error:  # noqa: BLE001 - raised below
+            # The leader knows; its next word is shared in any case.
+            failed = error
+        failure = self.source.share(None)
+        if failed is not None:
+            raise failed
+        if failure is not None:
+            raise RemoteError(f"the leading process of the trainer failed: {failure}")
 
     def _raise_shared(self) -> None:
         failure = self.source.share(None)

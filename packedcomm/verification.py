@@ -37,8 +37,11 @@ __all__ = [
 # Converted values that a digest needs are kept from one sync to the next up to this size.
 _KEPT_BYTES = 64 << 20
 
+# Digests of tensors that only earlier syncs had.
+_REMEMBERED = 100_000
+
 # Elements that change statistics look at in one go.
-_SLICE = 16 << 20
+_SLICE = 4 << 20
 
 
 def regions_of(parts: Sequence[Sequence[Part]]) -> tuple[Region, ...]:
@@ -128,7 +131,12 @@ class ChangeCount:
             self._last = digests
             return changed
         first = not self._digest
-        self._older |= self._by_name()
+        for name, found in self._by_name().items():
+            # Again at the end: the oldest are forgotten first.
+            self._older.pop(name, None)
+            self._older[name] = found
+        while len(self._older) > max(_REMEMBERED, len(self._names)):
+            del self._older[next(iter(self._older))]
         self._digest, self._names, self._last = manifest.digest, list(manifest.by_name), digests
         owners = range(len(digests)) if regions is None else [r.tensor for r in regions]
         self._owners = torch.tensor(owners, dtype=torch.int64)
@@ -328,5 +336,5 @@ def _slices(new: torch.Tensor, old: torch.Tensor) -> Iterable[tuple[torch.Tensor
 
 def _as_real(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj()).to(torch.float64)
-    return tensor.to(torch.float64 if not tensor.is_floating_point() else torch.float32)
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(torch.float64)

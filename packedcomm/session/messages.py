@@ -237,6 +237,9 @@ class Offer(Message):
     verify: Annotated[bool, flag] = False
     statistics: Annotated[bool, flag] = False
 
+    regions_known: Annotated[bool, flag] = False
+    """Whether the sender knows what every receiver holds of this manifest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
@@ -272,6 +275,9 @@ class NoChange(Message):
     from_sender = True
 
     version: Version
+
+    since: Version
+    """The version whose bytes these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +349,9 @@ class Failure(Message):
 
     text: LongText
     traceback: LongText = ""
+
+    ended: Annotated[bool, flag] = False
+    """Whether the receiver can't take part in the session any more."""
 
 
 @dataclass(frozen=True, slots=True)

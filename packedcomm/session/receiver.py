@@ -132,13 +132,18 @@ class ReceiverSession(SessionEnd):
         self._check_open("reply")
         self._channel.send(encode(message, self._number, self.settings))
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException, *, ended: bool = False) -> None:
         """Tell the sender that this receiver failed. Never raises: the error matters more.
 
         The sender raises the same class if it is one of packedcomm's, else a `RemoteError`.
+
+        Args:
+            error: what happened.
+            ended: whether this receiver can't take part in the session any more; then the sender
+                raises the error at whatever it asks later, too.
         """
         with contextlib.suppress(PackedCommError):
-            self.reply(Failure(*described(error)))
+            self.reply(Failure(*described(error), ended))
 
     def failure(self) -> PackedCommError | None:
         """What has ended the sync that is under way, or None; looks and doesn't wait.

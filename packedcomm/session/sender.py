@@ -56,6 +56,8 @@ class _Receiver:
         self.inbox: deque[tuple[int, Message]] = deque()
         self.lost: str | None = None
         """Why nothing more will come from it."""
+        self.ended: Failure | None = None
+        """What it failed with for good."""
 
     @property
     def name(self) -> str:
@@ -183,7 +185,8 @@ class SenderSession(SessionEnd):
         seconds = self.settings.control_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
         failures: dict[int, PackedCommError] = {}
-        if gone := {r.rank: self._lost(r) for r in self._receivers if r.lost is not None}:
+        gone = {r.rank: why for r in self._receivers if (why := self._gone(r)) is not None}
+        if gone:
             raise combined(gone)
         self._say(message)
         what = _name(message)
@@ -255,8 +258,9 @@ class SenderSession(SessionEnd):
                     failures[receiver.rank] = remote_error(message, receiver.name)
                     break
             else:
-                if receiver.lost is not None:
-                    failures[receiver.rank] = self._lost(receiver)
+                gone = self._gone(receiver)
+                if gone is not None:
+                    failures[receiver.rank] = gone
         return combined(failures) if failures else None
 
     def _check_waiting(self) -> None:
@@ -333,6 +337,8 @@ class SenderSession(SessionEnd):
                 number, message = self._number, Failure(*described(error))
             if isinstance(message, Close):
                 receiver.lost = f"it has left the session: {message.reason}"
+            elif isinstance(message, Failure) and message.ended:
+                receiver.ended = receiver.ended or message
             else:
                 receiver.inbox.append((number, message))
         for peer in gone:
@@ -353,9 +359,18 @@ class SenderSession(SessionEnd):
                 return ProtocolError(
                     f"{receiver.name} has answered {what} with {type(message).__name__}"
                 )
-        return None if receiver.lost is None else self._lost(receiver)
+        return self._gone(receiver)
 
-    def _lost(self, receiver: _Receiver) -> PeerLost:
+    def _gone(self, receiver: _Receiver) -> PackedCommError | None:
+        """Why nothing more is to be expected of a receiver; None if there is."""
+        if receiver.ended is not None:
+            return remote_error(receiver.ended, receiver.name)
+        if receiver.lost is None:
+            return None
+        for number, message in receiver.inbox:
+            # Its last words say more than that it has gone.
+            if isinstance(message, Failure) and number >= self._cancelled:
+                return remote_error(message, receiver.name)
         return PeerLost(f"{receiver.name}: {receiver.lost}")
 
     def _farewell(self, message: Message) -> None:

@@ -49,14 +49,29 @@ class Source(Protocol):
             ManifestError: names collide or a transform doesn't fit, all of them listed, up to ten.
             TensorError: a tensor can't be sent as bytes.
             LayoutError: shards don't make up their tensor.
+            RemoteError: a process of the source failed with an error that isn't packedcomm's.
+
+        With several processes a failure of one is raised on all of them, with its rank in the text.
         """
 
     def gather(self, snapshot: Snapshot) -> Iterator[Sequence[Part]]:
         """For each tensor of the manifest, in order, its parts; where `snapshot.parts` is None.
 
         Lazy, so that no more than a layer is gathered at once. A tensor's memory is the taker's
-        until it drops the parts. Processes that don't lead get no parts (empty sequences), but must
-        take every item, since taking it is what gathers.
+        until it drops the parts. Processes that don't lead get no parts (empty sequences).
+
+        Where there are several processes, each must take all items up to the iterator's end,
+        whatever happens to it meanwhile, and call `share` after that in any case: taking an item is
+        what gathers it, and at the end all processes tell each other whether they have failed. One
+        that has failed goes on taking part, with zeros for its own data, so what others were given
+        of this gather is worthless. Closing the iterator early counts as taking the rest, but
+        raises nothing.
+
+        Raises:
+            PackedCommError: at the end, on every process, if any of them has failed: the class of
+                the first failure, `RemoteError` for an error that isn't packedcomm's; ranks and
+                causes are in the text. A process that has failed may raise before it has given all
+                items, but not before all transfers are done.
         """
 
     def share(self, failure: str | None) -> str | None:

@@ -171,8 +171,9 @@ def describe(
 ) -> Description:
     """Apply the transforms in order and make the manifest.
 
-    The manifest's attributes get `transforms`, the list of declarations, and `tied`, the other
-    names of tensors that are sent once, each with the name that is sent; neither when empty.
+    The manifest's attributes get `tied`, the other names of tensors that are sent once, each with
+    the name that is sent, also where there are none; and where there are any `transforms`, the list
+    of their declarations.
 
     Raises:
         ManifestError, LayoutError: a transform doesn't fit, or two tensors have one name.
@@ -184,9 +185,8 @@ def describe(
     check_names(entries)
     if transforms:
         attributes["transforms"] = [transform.to_json() for transform in transforms]
-    tied = {name: entry.names[0] for entry in entries for name in entry.names[1:]}
-    if tied:
-        attributes["tied"] = tied
+    # Also when empty: a receiver can then tell that nothing is tied from not knowing.
+    attributes["tied"] = {n: entry.names[0] for entry in entries for n in entry.names[1:]}
     specs = [TensorSpec(entry.names[0], entry.dtype, entry.shape) for entry in entries]
     return Description(Manifest(specs, attributes), tuple(entries), tuple(left_out))
 

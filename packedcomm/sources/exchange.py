@@ -8,16 +8,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from packedcomm.errors import ManifestError, PackedCommError
-from packedcomm.sources.entries import listed
+from packedcomm import errors
+from packedcomm.errors import ManifestError, PackedCommError, RemoteError, listed
 
 __all__ = ["Exchange"]
 
-_OK = 0
-_FAILED = 1
 _DIGEST_BYTES = 32
+_LENGTH_BYTES = 8
 _NOTHING = -1
 _MOST_TEXT_BYTES = 1 << 20
+
+# What one process tells all others of its failure: its class and text.
+_MOST_FAILURE_BYTES = 16_384
 
 
 class Exchange:
@@ -34,11 +36,15 @@ class Exchange:
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.leader = self.rank == 0
-        self._backends = dict(
+        pairs = (
             pair.split(":", 1)
             for pair in dist.get_backend_config(self.group).split(",")
             if ":" in pair
         )
+        # Gloo is named for GPUs too, but can't send to one process what lies on a GPU.
+        self._backends = {
+            device: backend for device, backend in pairs if device == "cpu" or backend != "gloo"
+        }
         self._prepared: set[str] = set()
         # Small messages are read by the host, so a CPU backend is the better one for them.
         self._device = self.carrier(torch.device("cpu"))
@@ -55,33 +61,36 @@ class Exchange:
         ranks = dist.get_process_group_ranks(self.group)
         return ranks.index(global_rank) if global_rank in ranks else -1
 
-    def agree(self, failure: PackedCommError | None, digest: bytes) -> None:
-        """Make sure that all processes describe the same tensors; a collective.
+    def agree(self, failure: Exception | None, digest: bytes = bytes(_DIGEST_BYTES)) -> None:
+        """Make sure that no process has failed, and that all describe the same tensors; a
+        collective.
 
         Args:
-            failure: why this process can't describe its tensors, else None.
+            failure: why this process has failed, else None.
             digest: of what it describes, 32 bytes.
 
         Raises:
-            PackedCommError: this process's own failure.
-            ManifestError: another process failed, or the digests differ.
+            PackedCommError: a process has failed, on all of them: the class of the first failure,
+                `RemoteError` for those of other libraries; every failed rank and its failure is in
+                the text. It is raised from this process's own failure, if there is one.
+            ManifestError: the digests differ.
         """
-        status = bytes([_FAILED]) + bytes(_DIGEST_BYTES) if failure else bytes([_OK]) + digest
-        own = torch.tensor(list(status), dtype=torch.uint8, device=self._device)
-        everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own, group=self.group)
-        if failure is not None:
-            raise failure
+        text = b"" if failure is None else _described(failure)
+        status = list(len(text).to_bytes(_LENGTH_BYTES, "big") + digest)
+        everyone = self._all_gather(torch.tensor(status, dtype=torch.uint8, device=self._device))
+        answers = [bytes(tensor.tolist()) for tensor in everyone]
+        lengths = [int.from_bytes(answer[:_LENGTH_BYTES], "big") for answer in answers]
+        if any(lengths):
+            own = torch.tensor(
+                list(text.ljust(max(lengths), b" ")), dtype=torch.uint8, device=self._device
+            )
+            texts = [bytes(tensor.tolist()) for tensor in self._all_gather(own)]
+            raise _combined(
+                {r: texts[r][:length] for r, length in enumerate(lengths) if length}
+            ) from failure
         seen: dict[bytes, list[int]] = {}
-        failed = []
-        for rank, tensor in enumerate(everyone):
-            answer = bytes(tensor.tolist())
-            if answer[0] == _FAILED:
-                failed.append(f"rank {rank} can't describe its tensors, see its own error")
-            else:
-                seen.setdefault(answer[1:], []).append(rank)
-        if failed:
-            raise ManifestError(listed(failed))
+        for rank, answer in enumerate(answers):
+            seen.setdefault(answer[_LENGTH_BYTES:], []).append(rank)
         if len(seen) > 1:
             problems = [
                 f"ranks {', '.join(map(str, ranks))} have digest {value.hex()[:12]}"
@@ -91,6 +100,11 @@ class Exchange:
                 f"the source's processes have different tensors, shapes, shards or transforms: "
                 f"{listed(problems)}"
             )
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.group)
+        return everyone
 
     def share(self, failure: str | None) -> str | None:
         """The leader's text on every process; a collective. Text past 1 MiB is cut off."""
@@ -135,3 +149,26 @@ class Exchange:
     def start(self, operations: Sequence[dist.P2POp]) -> list[Any]:
         """Start them all at once; the works to wait for."""
         return dist.batch_isend_irecv(list(operations)) if operations else []
+
+
+def _described(failure: Exception) -> bytes:
+    """The class and text of a failure, as `_combined` takes them."""
+    kind, text = type(failure).__name__, str(failure)
+    if not isinstance(failure, PackedCommError):
+        kind, text = RemoteError.__name__, f"{kind}: {text}"
+    return f"{kind}\n{text}".encode(errors="backslashreplace")[:_MOST_FAILURE_BYTES]
+
+
+def _combined(failures: dict[int, bytes]) -> PackedCommError:
+    """One error for the failures of some ranks."""
+    kinds, problems = [], []
+    for rank, described in failures.items():
+        kind, _, text = described.decode(errors="replace").partition("\n")
+        kinds.append(kind)
+        problems.append(f"rank {rank} of the source: {text}")
+    found = getattr(errors, kinds[0], None) if kinds[0] in errors.__all__ else None
+    known = isinstance(found, type) and issubclass(found, PackedCommError)
+    error: PackedCommError = (
+        found(listed(problems)) if known and found else RemoteError(listed(problems))
+    )
+    return error

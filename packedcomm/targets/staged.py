@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from packedcomm.copying import CopyPlan, Part
+from packedcomm.copying import CopyPlan, Part, TensorRecord
 from packedcomm.endpoints import Target
-from packedcomm.errors import CapacityError, SessionStateError
+from packedcomm.errors import ArgumentError, CapacityError, SessionStateError, TensorError
 from packedcomm.manifest import Manifest
 
 __all__ = ["StagedTarget"]
@@ -17,8 +17,8 @@ __all__ = ["StagedTarget"]
 # Every piece starts at a multiple of this many bytes, so that any dtype can be viewed there.
 _ALIGNMENT = 16
 
-# Commits that are kept planned, as many as a receiver keeps plans.
-_KEPT = 8
+# Commits that are kept planned: more than the plans that a receiver keeps for one manifest each.
+_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,16 @@ class Staging:
 
     parts: list[list[Part]]
     pairs: list[StagedPart]
-    commit: CopyPlan
+    copy: CopyPlan
+    live: list[torch.Tensor]
+    """What the live parts are views of."""
+    record: TensorRecord
+    """Where that was when this was planned."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether all memory, staged and live, is where it was."""
+        return self.record.first_change(self.live) < 0 and self.copy.moved() is None
 
 
 class StagedTarget:
@@ -52,12 +61,20 @@ class StagedTarget:
 
     Args:
         target: where the data goes in the end, a target with fixed destinations.
+
+    Raises:
+        ArgumentError: it isn't a target; callbacks can't be staged.
     """
 
     fixed_destinations = True
 
     def __init__(self, target: Target) -> None:
+        if not isinstance(target, Target):
+            raise ArgumentError(
+                f"StagedTarget needs a target with place and commit, got {type(target).__name__}"
+            )
         self._target = target
+        self._live: list[torch.Tensor] = []
         self._memory: dict[torch.device, torch.Tensor] = {}
         self._staging: dict[str, Staging] = {}
 
@@ -69,7 +86,7 @@ class StagedTarget:
     @property
     def memory(self) -> Sequence[torch.Tensor]:
         """The staging memory, and what the inner target's parts are views of."""
-        return [*self._memory.values(), *getattr(self._target, "memory", ())]
+        return [*self._memory.values(), *self._live]
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """Staging memory for each part of the inner target.
@@ -79,6 +96,13 @@ class StagedTarget:
             CapacityError: no memory.
         """
         final = self._target.place(manifest)
+        self._live = list(
+            getattr(self._target, "memory", [part.tensor for parts in final for part in parts])
+        )
+        kept = self._staging.pop(manifest.digest, None)
+        if kept is not None and kept.holds:
+            self._staging[manifest.digest] = kept
+            return kept.parts
         offsets: dict[torch.device, int] = {}
         rows = []
         for spec, parts in zip(manifest.specs, final, strict=True):
@@ -102,7 +126,8 @@ class StagedTarget:
         plan = CopyPlan([(pair.staged, pair.live) for pair in staged])
         while len(self._staging) >= _KEPT:
             del self._staging[next(iter(self._staging))]
-        self._staging[manifest.digest] = Staging(parts_of, staged, plan)
+        record = TensorRecord(self._live)
+        self._staging[manifest.digest] = Staging(parts_of, staged, plan, self._live, record)
         return parts_of
 
     def commit(self, manifest: Manifest) -> None:
@@ -117,7 +142,11 @@ class StagedTarget:
         staging = self._staging.get(manifest.digest)
         if staging is None:
             raise SessionStateError("commit: no transfer of this manifest is staged")
-        staging.commit.run()
+        if not staging.holds:
+            raise TensorError(
+                "commit: a destination has been given other memory since it was planned"
+            )
+        staging.copy.run()
         self._target.commit(manifest)
 
     def staged_pairs(self, manifest: Manifest) -> Sequence[StagedPart]:
@@ -126,17 +155,21 @@ class StagedTarget:
 
     def release(self) -> None:
         """Free the staging memory; the next transfer takes it anew."""
-        for memory in self._memory.values():
+        for device in list(self._memory):
+            self._release(device)
+
+    def _release(self, device: torch.device) -> None:
+        memory = self._memory.pop(device, None)
+        if memory is not None:
             # Plans that are kept elsewhere see by this that their destinations are gone.
             memory.untyped_storage().resize_(0)
-        self._memory.clear()
-        self._staging.clear()
+            self._staging.clear()
 
     def _reserve(self, device: torch.device, nbytes: int) -> None:
         held = self._memory.get(device)
         if held is not None and held.nbytes >= nbytes:
             return
-        self.release()
+        self._release(device)
         try:
             with torch.inference_mode(False):
                 self._memory[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)

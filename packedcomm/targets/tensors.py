@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,11 +68,17 @@ class TensorTarget:
         self._tensors = checked_destinations(tensors)
         self._partial = partial
 
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """All tensors."""
+        return list(self._tensors.values())
+
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """The tensor of each name, and those of the names that are tied to it.
 
         Raises:
-            ManifestError: lists unknown, missing and mismatched tensors, up to ten of them.
+            ManifestError: lists unknown, missing and mismatched tensors, and those that share
+                memory though they are sent apart, up to ten of them.
         """
         tied: dict[str, list[str]] = {}
         for name, sent_as in manifest.attributes.get("tied", {}).items():
@@ -89,6 +96,7 @@ class TensorTarget:
         problems += self._missing(
             {*manifest.by_name, *(n for names in tied.values() for n in names)}
         )
+        problems += self._shared(manifest)
         if problems:
             raise ManifestError(listed(problems))
         return placed
@@ -112,6 +120,25 @@ class TensorTarget:
         if self._partial:
             return []
         return [f"tensor {name!r} is not sent" for name in self._tensors if name not in sent]
+
+    def _shared(self, manifest: Manifest) -> list[str]:
+        """Tensors that would be written twice, with different values as far as is known.
+
+        One memory under two names is a tied weight, and right unless the sender says that it ties
+        nothing of the kind. Tensors with gaps in their memory may interleave and aren't compared.
+        """
+        says_ties = "tied" in manifest.attributes
+        spans = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, str(tensor.device), name)
+            for name, tensor in self._tensors.items()
+            if name in manifest.by_name and tensor.nbytes and tensor.is_contiguous()
+        )
+        problems = []
+        for before, after in pairwise(spans):
+            same = before[:3] == after[:3]
+            if before[2] == after[2] and after[0] < before[1] and (says_ties or not same):
+                problems.append(f"tensors {before[3]!r} and {after[3]!r} share memory")
+        return problems
 
     def __len__(self) -> int:
         return len(self._tensors)

@@ -101,6 +101,7 @@ def plan_chunk(
     device: torch.device,
     *,
     sending: bool,
+    from_host: bool = False,
 ) -> ChunkPlan:
     """Decide for each tensor of a chunk whether it moves from or into its own memory.
 
@@ -110,13 +111,14 @@ def plan_chunk(
         names: what they are called in messages.
         device: the group's device.
         sending: whether the chunk is packed here, or unpacked.
+        from_host: whether tensors in host memory are fine where a GPU sends.
 
     Raises:
-        TensorError: a tensor can't be copied as bytes or is on another device; host memory is fine
-            where a GPU sends.
+        TensorError: a tensor can't be copied as bytes or is on another device.
     """
+    from_host = from_host and device.type == "cuda"
     if chunk.direct or len(entries) == 1:
-        direct = _movable_in_place(entries, names, device)
+        direct = _movable_in_place(entries, names, device, from_host)
     else:
         direct = [False] * len(entries)
     if chunk.direct:
@@ -131,7 +133,7 @@ def plan_chunk(
         chosen = [
             i
             for i, entry in enumerate(entries)
-            if not direct[i] and _on_host(entry, device, sending) is on_host
+            if not direct[i] and (from_host and _on_host(entry)) is on_host
         ]
         if not chosen:
             continue
@@ -157,13 +159,15 @@ def plan_chunk(
     return ChunkPlan(chunk, places, slot_bytes, used, spans)
 
 
-def _movable_in_place(entries: Sequence[Entry], names: Names, device: torch.device) -> list[bool]:
+def _movable_in_place(
+    entries: Sequence[Entry], names: Names, device: torch.device, from_host: bool
+) -> list[bool]:
     """For each entry whether its own memory can be broadcast."""
     movable = [False] * len(entries)
     plain = [
         i
         for i, entry in enumerate(entries)
-        if isinstance(entry, torch.Tensor) and entry.device.type == device.type
+        if isinstance(entry, torch.Tensor) and not (from_host and _on_host(entry))
     ]
     tensors = [entries[i] for i in plain]
     chosen = _Chosen(names, plain)
@@ -183,10 +187,8 @@ class _Chosen:
         return self._names[self._indices[index]]
 
 
-def _on_host(entry: Entry, device: torch.device, sending: bool) -> bool:
-    """Whether a GPU sends this from host memory."""
-    if not sending or device.type == "cpu":
-        return False
+def _on_host(entry: Entry) -> bool:
+    """Whether a tensor is in host memory."""
     tensor = entry if isinstance(entry, torch.Tensor) else None
     if isinstance(entry, Composed) and entry.parts:
         tensor = entry.parts[0].tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.copying import Part, TensorRecord, unpack_from
 from packedcomm.endpoints import Target
-from packedcomm.errors import ManifestError
+from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
@@ -148,7 +149,9 @@ class Receiving:
         key = (manifest.digest, self._cut)
         kept: dict[Any, TargetPlan] = {}
         if getattr(target, "fixed_destinations", False):
-            kept = self._pipeline.plans.setdefault(target, {})
+            # An object that can't be referred to weakly, or isn't hashable, is asked every time.
+            with suppress(TypeError):
+                kept = self._pipeline.plans.setdefault(target, {})
         plan = kept.get(key)
         if plan is None or plan.record.first_change(plan.memory) >= 0:
             kept.pop(key, None)
@@ -166,6 +169,9 @@ class Receiving:
                 f"the target placed {len(parts)} tensors, the manifest has {len(manifest)}"
             )
         names = list(manifest.by_name)
+        for name, pieces in zip(names, parts, strict=True):
+            if not all(isinstance(piece, Part) for piece in pieces):
+                raise TensorError(f"tensor {name!r}: the target placed something that is no Part")
         entries = [
             entry_of(spec, pieces) for spec, pieces in zip(manifest.specs, parts, strict=True)
         ]

@@ -79,6 +79,8 @@ class Sending:
         self._inspect = inspect
         self._wait = wait
         self._names: list[str] = []
+        # Whether tensors in host memory are sent by a GPU.
+        self._from_host = False
         self._pulled: dict[int, Entry] = {}
         self._pipeline: Pipeline
         # Broadcasts that may still be under way: one per slot, and one in place.
@@ -140,6 +142,7 @@ class Sending:
             return plans
 
         self._names = list(manifest.by_name)
+        self._from_host = True
         self._run(device, plans, num_buffers, on_event)
 
     def _run(
@@ -171,7 +174,9 @@ class Sending:
             names = ChunkNames(self._names, chunk.indices)
             if self._inspect is not None:
                 self._show(self._inspect, chunk, entries)
-            plan = [plan_chunk(chunk, entries, names, device, sending=True)]
+            plan = [
+                plan_chunk(chunk, entries, names, device, sending=True, from_host=self._from_host)
+            ]
             del entries
             # Nothing here may keep what isn't needed any more.
             yield plan.pop()

@@ -101,7 +101,7 @@ messages = st.one_of(
     st.builds(Proceed, versions),
     st.builds(Ready, st.none() | st.lists(regions, max_size=20).map(tuple)),
     st.builds(NeedManifest),
-    st.builds(NoChange, versions),
+    st.builds(NoChange, versions, versions),
     st.builds(
         Moved, st.integers(0, 20).flatmap(lambda n: st.binary(min_size=8 * n, max_size=8 * n))
     ),
@@ -109,7 +109,7 @@ messages = st.one_of(
     st.builds(Commit, versions),
     st.builds(Committed, versions),
     st.builds(Cancel, kinds, texts, texts),
-    st.builds(Failure, kinds, texts, texts),
+    st.builds(Failure, kinds, texts, texts, st.booleans()),
     st.builds(Close, texts, st.booleans()),
 )
 numbers = st.integers(0, (1 << 64) - 1)
@@ -274,8 +274,8 @@ BAD = {
     "a version above 63 bits": _wire("Commit", 1 << 63),
     "text as bytes": _wire("Close", b"reason", True),
     "text that is not UTF-8": _wire("Close", "", True).replace(b"\xa0", b"\xa1\xff"),
-    "a digest that is short": _wire("Offer", 1, "abc", "", False, False),
-    "a flag that is a number": _wire("Offer", 1, "a" * 64, "", 1, False),
+    "a digest that is short": _wire("Offer", 1, "abc", "", False, False, True),
+    "a flag that is a number": _wire("Offer", 1, "a" * 64, "", 1, False, True),
     "part of a digest": _wire("Moved", b"1234567"),
     "digests that are no bytes": _wire("Moved", 3),
     "nesting": _wire("Moved", [[1]]),
@@ -312,8 +312,8 @@ BAD = {
     "a Welcome with a long unique id": _wire("Welcome", *_with(_WELCOME, 4, b"x" * 129)),
     "a Welcome without buffers": _wire("Welcome", *_with(_WELCOME, 6, 0)),
     "a Welcome in an unknown format": _wire("Welcome", *_with(_WELCOME, 7, "zip")),
-    "an error kind that is long": _wire("Failure", "x" * 65, "", ""),
-    "a traceback that is long": _wire("Failure", "x", "", "x" * ((1 << 18) + 1)),
+    "an error kind that is long": _wire("Failure", "x" * 65, "", "", False),
+    "a traceback that is long": _wire("Failure", "x", "", "x" * ((1 << 18) + 1), False),
 }
 
 

@@ -69,9 +69,9 @@ def _round_trips(rank, world_size, box, secret):
             came = serve(session, answers | {Commit: Committed(7)})
             return facts, session.rank, came
         ready = session.ask(Offer(7, DIGEST, "{}"), (Ready, NeedManifest))
-        each = [Moved((r,)) for r in range(1, world_size)]
+        each = [Moved(bytes(8) * r) for r in range(1, world_size)]
         staged = session.ask(each, Staged)
-        session.tell(NoChange(8))
+        session.tell(NoChange(8, 7))
         committed = session.ask(Commit(7), Committed)
     return facts, ready, [s.seconds["wire"] for s in staged], committed
 
@@ -89,7 +89,7 @@ def test_questions_reach_every_receiver_and_answers_come_by_rank(world_size, sec
     for theirs, rank, came in receivers:
         assert theirs == facts
         assert came[0] == Offer(7, DIGEST, "{}")
-        assert came[1:4] == [Moved((rank,)), NoChange(8), Commit(7)]
+        assert came[1:4] == [Moved(bytes(8) * rank), NoChange(8, 7), Commit(7)]
         assert [type(message) for message in came[4:]] == [Close]
 
 
