@@ -23,8 +23,7 @@ from packedcomm.errors import (
 from packedcomm.following import Following, Update
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
-from packedcomm.session.messages import Cancel, Close, Committed, Message, NoChange, Offer
-from packedcomm.session.remote_errors import remote_error
+from packedcomm.session.messages import Close, Committed, Message, NoChange, Offer
 
 __all__ = ["OnWeights", "WeightReceiver"]
 
@@ -67,8 +66,6 @@ class WeightReceiver:
         self._last_update_time: float | None = None
         self._error: BaseException | None = None
         self._told = False
-        # Whether this receiver's own failure is still to be answered by the sender.
-        self._cancel_due = False
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
 
@@ -206,19 +203,16 @@ class WeightReceiver:
 
     def _next(self, timeout_s: float | None) -> Message:
         try:
-            message = self.session.receive(timeout_s)
-            while self._cancel_due and not isinstance(message, (Cancel, Close)):
-                # Of the sync that this receiver has left: the sender hadn't heard of it yet.
+            while True:
                 message = self.session.receive(timeout_s)
-            if self._cancel_due and isinstance(message, Cancel):
-                # Only the sender's answer to what this receiver has told it.
-                self._cancel_due = False
-                message = self.session.receive(timeout_s)
+                if isinstance(message, (Offer, NoChange, Close)):
+                    return message
+                # Of a sync that this end has left: the sender hadn't heard of that yet, or this is
+                # its answer.
+                logger.debug("skipped %s", type(message).__name__)
         except PeerLost:
             self._set("failed")
             raise
-        self._cancel_due = False
-        return message
 
     def _take(self, message: Message) -> SyncResult | None:
         """Act on what the sender has just said."""
@@ -235,8 +229,6 @@ class WeightReceiver:
                 return self._result(Update(message.version), begin)
             case Offer():
                 return self._result(self._update(message), begin)
-            case Cancel():
-                raise remote_error(message, "cancelled by the sender")
         raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")
 
     def _accept_no_change(self, message: NoChange) -> None:
@@ -247,7 +239,6 @@ class WeightReceiver:
                 f"version {message.version} has the weights of version {message.since}, but this "
                 f"receiver is {state} at version {version}"
             )
-            self._cancel_due = True
             self.session.fail(error)
             raise error
         self._note(message.version)
@@ -263,7 +254,6 @@ class WeightReceiver:
                 if following.torn:
                     self._version = None
             if not following.cancelled:
-                self._cancel_due = True
                 self.session.fail(error, ended=following.broken)
             raise
         self._note(update.version)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from packedcomm.communicators import Communicator
+from packedcomm.completion import wait_for_device
 from packedcomm.errors import SessionStateError
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session.control import ReceiverChannel, SenderChannel
@@ -114,6 +115,20 @@ class SessionEnd(abc.ABC):
                     self._communicator.close()
             finally:
                 self._channel.close()
+
+    def _warm_up(self, communicator: Communicator, deadline: float) -> Communicator:
+        """Let NCCL open its connections now, which it otherwise does in the first broadcast, where
+        a peer that has failed meanwhile would be waited for."""
+        if self.device.type == "cuda":
+            try:
+                communicator.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device), 0)
+                remaining = max(0.1, deadline - time.monotonic())
+                wait_for_device(self.device, remaining, lambda: None, "NCCL's first broadcast")
+            except BaseException as error:
+                communicator.abort(f"{type(error).__name__}: {error}")
+                communicator.close()
+                raise
+        return communicator
 
     def _check_open(self, operation: str) -> None:
         if self._ended is not None:

@@ -67,7 +67,7 @@ class ReceiverSession(SessionEnd):
             self.wire_format = welcome.wire_format
             self.buffer_size_bytes = welcome.buffer_size_bytes
             self._transport = welcome.transport
-            self._communicator = self._join(welcome, deadline)
+            self._communicator = self._warm_up(self._join(welcome, deadline), deadline)
         except BaseException as error:
             if isinstance(error, PackedCommError):
                 with contextlib.suppress(PackedCommError):

@@ -138,7 +138,7 @@ class SenderSession(SessionEnd):
             hello = agreement.own_hello(self.device, self.settings)
             transport = agreement.agreed_transport(hello, list(came.values()))
             self._receivers = [_Receiver(rank, peer) for rank, peer in enumerate(came, 1)]
-            communicator = self._connect(transport, deadline)
+            communicator = self._warm_up(self._connect(transport, deadline), deadline)
         except BaseException as error:
             for peer in came:
                 refuse(self._channel, peer, error)

@@ -1,0 +1,62 @@
+"""A sender and its receivers in one process, each receiver in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from packedcomm import Session, Settings, WeightReceiver
+from packedcomm.session import ReceiverSession, SenderSession
+
+QUICK = Settings(connect_timeout_s=20.0, operation_timeout_s=10.0, control_timeout_s=5.0)
+
+
+@contextmanager
+def sessions(receivers: int) -> Iterator[tuple[SenderSession, list[ReceiverSession]]]:
+    """A session between CPUs: the sender's end and all receivers' ends."""
+    ends: list[ReceiverSession] = []
+    with ExitStack() as stack:
+        sender = Session.listen("127.0.0.1:0", receivers=receivers, device="cpu", settings=QUICK)
+        stack.enter_context(sender)
+
+        def connect() -> None:
+            ends.append(Session.connect(sender.address, device="cpu", settings=QUICK))
+
+        threads = [threading.Thread(target=connect) for _ in range(receivers)]
+        for thread in threads:
+            thread.start()
+        sender.wait()
+        for thread in threads:
+            thread.join(20)
+        for end in sorted(ends, key=lambda end: end.rank):
+            stack.enter_context(end)
+        yield sender, sorted(ends, key=lambda end: end.rank)
+
+
+class Round:
+    """What one call of the sender and one `receive` of each receiver gave: results or errors."""
+
+    def __init__(self, send: Callable[[], Any], receivers: list[WeightReceiver]) -> None:
+        self.received: list[Any] = [None] * len(receivers)
+        threads = [
+            threading.Thread(target=self._receive, args=(i, receiver))
+            for i, receiver in enumerate(receivers)
+        ]
+        for thread in threads:
+            thread.start()
+        self.sent = _outcome(send)
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads), "a receiver hangs"
+
+    def _receive(self, index: int, receiver: WeightReceiver) -> None:
+        self.received[index] = _outcome(receiver.receive)
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - it is what the test looks at
+        return error
