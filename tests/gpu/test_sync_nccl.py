@@ -60,6 +60,11 @@ def test_what_does_not_fit_is_refused_before_data(case):
     run_ranks(sync_failures.refusal, 2, "nccl", syncs.Meeting(2), case)
 
 
+def test_a_receiver_that_dies_in_the_middle_is_noticed():
+    seconds = run_ranks(sync_failures.dying_receiver, 2, "nccl", syncs.Meeting(2), lost=[1])
+    assert seconds[0] < 15
+
+
 @pytest.mark.gpu(3)
 def test_several_receivers_over_nccl():
     results = run_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.helpers.syncs import Meeting
 __all__ = [
     "REFUSALS",
     "corrupted_destination",
+    "dying_receiver",
     "raising_callback",
     "raising_on_update",
     "raising_source",
@@ -207,3 +209,32 @@ def corrupted_destination(rank: int, world_size: int, backend: str, meeting: Mee
         assert result is not None
         assert result.version == 4
         assert all(bool((t == 1).all()) for t in live.values())
+
+
+def dying_receiver(rank: int, world_size: int, backend: str, meeting: Meeting) -> float:
+    """The last receiver's process ends in the middle of the second sync; returns after how many
+    seconds the others knew."""
+    device = device_of(backend, rank)
+    elements = 1 << (22 if backend == "nccl" else 18)
+    tensors = {f"t{i}": torch.zeros(elements, device=device) for i in range(100)}
+
+    def on_weights(version: int, items: list[Any]) -> None:
+        if version == 1 and rank == world_size - 1:
+            os._exit(1)
+
+    with meeting.session(backend, rank, world_size) as session:
+        if rank == 0:
+            sender = FullWeightSender(tensors, session)
+            sender.sync()
+            begin = time.monotonic()
+            with pytest.raises(PeerLost):
+                sender.sync()
+            assert sender.version == 0
+        else:
+            receiver = WeightReceiver(on_weights, session)
+            assert receiver.receive() is not None
+            begin = time.monotonic()
+            with pytest.raises(PackedCommError):
+                receiver.receive()
+            assert receiver.status().version == 0
+        return time.monotonic() - begin

@@ -101,3 +101,8 @@ def test_a_failure_of_a_background_receiver_shows_on_status_and_at_the_sender():
 
 def test_wrong_bytes_are_found_before_the_commit():
     run_ranks(sync_failures.corrupted_destination, 2, "gloo", syncs.Meeting(2))
+
+
+def test_a_receiver_that_dies_in_the_middle_is_noticed_by_all_others():
+    seconds = run_ranks(sync_failures.dying_receiver, 3, "gloo", syncs.Meeting(3), lost=[2])
+    assert max(seconds[:2]) < 10
