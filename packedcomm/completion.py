@@ -27,14 +27,17 @@ _CAUSE_S = 2.0
 
 
 def wait_for_device(
-    device: torch.device, timeout_s: float, look: Callable[[], None], operation: str
+    device: torch.device,
+    timeout_s: float,
+    failure: Callable[[], Exception | None],
+    operation: str,
 ) -> None:
     """Return when everything that the current stream has got so far is done; at once on a CPU.
 
     Args:
         device: the device of the stream.
         timeout_s: deadline in seconds.
-        look: called every 50 ms; what it raises ends the wait.
+        failure: asked every 50 ms what has failed elsewhere; what it returns is raised.
         operation: for the message.
 
     Raises:
@@ -49,7 +52,8 @@ def wait_for_device(
     while not event.query():  # type: ignore[no-untyped-call]
         now = time.monotonic()
         if now >= next_look:
-            look()
+            if (failed := failure()) is not None:
+                raise failed
             next_look = now + _LOOK_S
         if now - begin > timeout_s:
             raise DeadlineExceeded(f"{operation}: the GPU isn't done after {timeout_s:.3g} s")

@@ -208,13 +208,9 @@ class Leading:
         return self._session.ask(message, expect, self._session.settings.operation_timeout_s)
 
     def _wait(self) -> None:
-        def look() -> None:
-            failure = self._session.failure()
-            if failure is not None:
-                raise failure
-
+        session = self._session
         wait_for_device(
-            self._session.device, self._session.settings.operation_timeout_s, look, "sync"
+            session.device, session.settings.operation_timeout_s, session.failure, "sync"
         )
 
     @contextmanager
