@@ -12,10 +12,10 @@ import secrets
 
 import torch
 import torch.multiprocessing as mp
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packedcomm import LoraSender, Session, SyncPolicy, TensorTarget, WeightReceiver
+from packedcomm import AdapterTarget, LoraSender, Session, SyncPolicy, WeightReceiver
 
 STEPS = 3
 PROMPT = torch.arange(24).view(2, 12)
@@ -69,9 +69,8 @@ def train(addresses, expected, secret, device):
 
 def serve(addresses, expected, secret, device):
     model = make_model(device).eval()
-    target = TensorTarget(get_peft_model_state_dict(model))
     with Session.connect(addresses.get(timeout=120), secret=secret, device=device) as session:
-        receiver = WeightReceiver(target, session)
+        receiver = WeightReceiver(AdapterTarget(model), session)
         while (result := receiver.receive()) is not None:
             with torch.no_grad():
                 logits = model(PROMPT.to(device)).logits.cpu()

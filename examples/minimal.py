@@ -30,9 +30,9 @@ def train(addresses, secret, device):
 
 
 def serve(addresses, secret, device):
-    model = make_model(device).requires_grad_(False)
+    model = make_model(device)
     with Session.connect(addresses.get(timeout=60), secret=secret, device=device) as session:
-        receiver = WeightReceiver(TensorTarget(model.state_dict()), session)
+        receiver = WeightReceiver(TensorTarget(model), session)
         while result := receiver.receive():
             print("received ", result.version, float(model[0].weight.sum()))
 

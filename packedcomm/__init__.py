@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ShardedSource,
     )
     from packedcomm.targets import (
+        AdapterTarget,
         FusedTarget,
         LoraSlots,
         LoraSlotTarget,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterTarget",
     "Cast",
     "Communicator",
     "CopyPlan",
@@ -91,6 +93,7 @@ _MODULES = {
     "Listener": "packedcomm.communicators",
     "LoraSender": "packedcomm.senders",
     "LoraSlotTarget": "packedcomm.targets",
+    "AdapterTarget": "packedcomm.targets",
     "LoraSlots": "packedcomm.targets",
     "LoraSource": "packedcomm.sources",
     "ModelGeometry": "packedcomm.planning.engine_layouts",

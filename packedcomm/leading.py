@@ -20,7 +20,6 @@ from packedcomm.session import SenderSession
 from packedcomm.session.messages import (
     Commit,
     Committed,
-    Message,
     Moved,
     NeedManifest,
     NoChange,
@@ -104,7 +103,7 @@ class Leading:
         offer = Offer(version, digest, text, self._verify, self._statistics, known)
         # A receiver that has just been given the manifest can't need it again.
         expected = (Ready,) if text else (Ready, NeedManifest)
-        return self._ask(offer, expected)
+        return self._session.ask(offer, expected)
 
     def _remember(self, digest: str, replies: Sequence[Any]) -> None:
         held = self._held.get(digest) or [()] * len(replies)
@@ -175,7 +174,7 @@ class Leading:
             if self._verify and digests is not None:
                 found = digests.computed.take()
                 messages = digests.for_receivers(found)
-            self._votes = _all_of(Staged, self._ask(messages, Staged))
+            self._votes = _all_of(Staged, self._session.ask(messages, Staged))
             for vote in self._votes:
                 for stage, spent in vote.seconds.items():
                     # The slowest receiver's; of stages that the sender has too, the sender's.
@@ -186,7 +185,7 @@ class Leading:
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
         with measured(seconds, "commit"), self._cancelling():
-            for reply in _all_of(Committed, self._ask(Commit(version), Committed)):
+            for reply in _all_of(Committed, self._session.ask(Commit(version), Committed)):
                 if reply.version != version:
                     raise ProtocolError(
                         f"a receiver committed version {reply.version}, expected {version}"
@@ -196,16 +195,7 @@ class Leading:
     def announce_no_change(self, version: int, since: int) -> None:
         """Let every receiver show a version without data, of the weights of version `since`."""
         with self._cancelling():
-            self._ask(NoChange(version, since), Committed)
-
-    def _ask(
-        self,
-        message: Message | Sequence[Message],
-        expect: type[Message] | tuple[type[Message], ...],
-    ) -> Sequence[Message]:
-        # What receivers do before they answer, planning, callbacks and verification, is part of
-        # the operation.
-        return self._session.ask(message, expect, self._session.settings.operation_timeout_s)
+            self._session.ask(NoChange(version, since), Committed)
 
     def _wait(self) -> None:
         session = self._session

@@ -57,6 +57,8 @@ class WeightReceiver:
             raise ArgumentError(
                 f"target must have place and commit, or be callable, got {type(target).__name__}"
             )
+        if isinstance(target, torch.nn.Module):
+            raise ArgumentError("target is a module: wrap it, as in TensorTarget(module)")
         self.session = session
         self._following = Following(target, session)
         self._lock = threading.Lock()
@@ -121,7 +123,6 @@ class WeightReceiver:
     def status(self) -> ReceiverStatus:
         """The receiver at this moment. Any thread may ask."""
         with self._lock:
-            self._told = self._told or self._error is not None
             return ReceiverStatus(
                 self._state,
                 self._version,
@@ -134,7 +135,7 @@ class WeightReceiver:
         """End the thread, if there is one, and close the session. Idempotent.
 
         Raises:
-            PackedCommError: what ended the thread, if nobody has been told yet.
+            Exception: what ended the thread, at the first call.
         """
         self._ending.set()
         thread = self._thread

@@ -116,8 +116,11 @@ class FullWeightSender:
         Warns:
             UnchangedWeightsWarning: digests show that not one tensor has changed.
         """
-        begin = time.perf_counter()
         version = self._next_version(version)
+        if self._session is not None:
+            # Receivers that are still to come are no part of the sync.
+            self._session.wait()
+        begin = time.perf_counter()
         self._in_step = False
         snapshot = self.source.snapshot()
         manifest = snapshot.manifest

@@ -38,13 +38,11 @@ class Settings:
     """Deadline for a rendezvous and for making a communicator."""
 
     operation_timeout_s: float = 600.0
-    """Deadline for one collective on Gloo and for one launch on NCCL."""
+    """Deadline for one collective on Gloo, for one launch on NCCL, and for each stage of a sync:
+    agreement, data, verification, commit. A receiver that is busy elsewhere counts as late."""
 
     close_timeout_s: float = 10.0
     """Deadline for an orderly close; after it a communicator is aborted."""
-
-    control_timeout_s: float = 120.0
-    """Deadline for the other side's answer to a control message of a session."""
 
     max_frame_bytes: int = 256 << 20
     """Cap on one control message of a session; the largest holds a manifest."""

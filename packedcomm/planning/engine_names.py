@@ -10,10 +10,14 @@ __all__ = [
     "ALONE",
     "EXPERT_PARTS",
     "FUSED",
+    "UNDIVIDED",
     "Destination",
     "EngineNames",
     "expert_modules",
+    "is_embedding",
+    "is_output",
     "is_vocabulary",
+    "layer_of",
 ]
 
 # Projections that engines keep in one parameter: Hugging Face's names, then Meta's.
@@ -46,7 +50,27 @@ EXPERT_PARTS = {
 
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)\.weight")
 _ALL_EXPERTS = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?")
-_ENGINE_EXPERTS = re.compile(r"(.*\bexperts)\.(?:.*\.)?(w13_weight|w2_weight)")
+_ENGINE_EXPERTS = re.compile(
+    r"(.*\bexperts)\.(?:(?:.*\.)?(w13_weight|w2_weight)|(gate_up_proj|down_proj))"
+)
+
+# Several projections in one parameter, in an order that differs from model to model.
+UNDIVIDED = frozenset(
+    {
+        "W_pack",
+        "Wqkv",
+        "c_attn",
+        "in_proj",
+        "in_proj_qkv",
+        "linear_fc1",
+        "linear_qkv",
+        "query_key_value",
+        "wqkv",
+    }
+)
+
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared"})
+_OUTPUTS = frozenset({"lm_head", "embed_out"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +95,8 @@ class EngineNames:
 
     Args:
         parameters: names such as vLLM's: `qkv_proj.weight`, `gate_up_proj.weight`,
-            `experts.w13_weight`, `experts.w2_weight`; all others are as on the wire.
+            `experts.w13_weight` or `experts.gate_up_proj`, `experts.w2_weight` or
+            `experts.down_proj`; all others are as on the wire.
     """
 
     def __init__(self, parameters: Iterable[str]) -> None:
@@ -79,8 +104,8 @@ class EngineNames:
         self._experts: dict[tuple[str, str], str] = {}
         for name in self._parameters:
             if match := _ENGINE_EXPERTS.fullmatch(name):
-                module, kind = match.groups()
-                self._experts[module, kind] = name
+                kind = "w2_weight" if _is_down(match) else "w13_weight"
+                self._experts[match[1], kind] = name
 
     def find(self, name: str) -> Destination | None:
         """Where a tensor of this name goes; None if nowhere."""
@@ -94,18 +119,19 @@ class EngineNames:
             return self._expert(module, EXPERT_PARTS[leaf], None)
         *parent, leaf, kind = ["", *name.split(".")]
         fused, part = FUSED.get(leaf, (ALONE.get(leaf), ""))
-        if fused is None:
-            return None
-        parameter = ".".join([*parent[1:], fused, kind])
-        return Destination(parameter, part) if parameter in self._parameters else None
+        if fused is not None:
+            parameter = ".".join([*parent[1:], fused, kind])
+            return Destination(parameter, part) if parameter in self._parameters else None
+        # What is left of a block of experts, its router.
+        same = (other for other in expert_modules(name) if other in self._parameters)
+        return next(map(self.destination, same), None)
 
     @staticmethod
     def destination(parameter: str) -> Destination:
         """All of a parameter, named as the engine names it."""
         if match := _ENGINE_EXPERTS.fullmatch(parameter):
-            return Destination(parameter, "gate_up" if match[2] == "w13_weight" else "down", True)
-        leaf = parameter.rpartition(".")[0].rpartition(".")[2]
-        part = {"qkv_proj": "qkv", "gate_up_proj": "gate_up"}.get(leaf, "")
+            return Destination(parameter, "down" if _is_down(match) else "gate_up", True)
+        part = {"qkv_proj": "qkv", "gate_up_proj": "gate_up"}.get(layer_of(parameter), "")
         return Destination(parameter, part)
 
     def _expert(self, module: str, part: str | None, expert: int | None) -> Destination | None:
@@ -128,6 +154,25 @@ def expert_modules(module: str) -> tuple[str, str, str]:
     )
 
 
+def layer_of(parameter: str) -> str:
+    """The last name of the module that has a parameter: "o_proj" of "layers.0.o_proj.weight"."""
+    return parameter.rpartition(".")[0].rpartition(".")[2]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether it is the weight of an embedding of tokens."""
+    return layer_of(name) in _EMBEDDINGS and name.endswith(".weight")
+
+
+def is_output(name: str) -> bool:
+    """Whether it is the weight of the projection to the vocabulary."""
+    return layer_of(name) in _OUTPUTS and name.endswith(".weight")
+
+
 def is_vocabulary(parameter: str) -> bool:
     """Whether a parameter's rows are the vocabulary's, which engines pad."""
-    return parameter.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
+    return layer_of(parameter) in _EMBEDDINGS | _OUTPUTS
+
+
+def _is_down(match: re.Match[str]) -> bool:
+    return match[2] == "w2_weight" or match[3] == "down_proj"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 
 from packedcomm.errors import LayoutError
 from packedcomm.layout import Box, Shard
 
-__all__ = ["ModelGeometry"]
+__all__ = ["ModelGeometry", "experts_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class ModelGeometry:
         tied_embeddings: whether the output projection is the embedding. Then an engine's
             `lm_head` is filled from the embedding if it isn't sent, and an `lm_head` that is sent
             beside the embedding isn't needed by an engine without one.
+        replicated: names of parameters that every rank of tensor parallelism holds whole, with `*`
+            for any characters (`fnmatch`): `"*.shared_experts.*"`. Without them projections and
+            experts must be divided, so that a tensor of another model isn't taken for a whole one.
 
     Raises:
         LayoutError: a number is out of range, or heads don't divide.
@@ -41,17 +46,21 @@ class ModelGeometry:
     ep_rank: int = 0
     ep_size: int = 1
     tied_embeddings: bool = False
+    replicated: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "tied_embeddings":
+            if field.name in ("tied_embeddings", "replicated"):
                 continue
             if value is None and field.name in ("vocab_size", "num_experts"):
                 continue
             least = 0 if field.name.endswith("_rank") else 1
             if type(value) is not int or value < least:
                 raise LayoutError(f"{field.name} must be an integer >= {least}, got {value!r}")
+        if isinstance(self.replicated, str) or any(type(n) is not str for n in self.replicated):
+            raise LayoutError(f"replicated must be names of parameters, got {self.replicated!r}")
+        object.__setattr__(self, "replicated", tuple(self.replicated))
         for kind in ("tp", "ep"):
             rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
             if rank >= size:
@@ -84,14 +93,26 @@ class ModelGeometry:
 
     @property
     def experts(self) -> range | None:
-        """Experts that this rank holds, None if their number isn't known.
-
-        Consecutive ones; where they don't divide, the first ranks hold one more, as in vLLM's
-        linear placement.
-        """
+        """Experts that this rank holds, None if their number isn't known."""
         if self.num_experts is None:
             return None
-        least, more = divmod(self.num_experts, self.ep_size)
-        sizes = tuple(least + (rank < more) for rank in range(self.ep_size))
-        box: Box = Shard(0, self.ep_rank, self.ep_size, sizes).box((self.num_experts,))
-        return range(box.offset[0], box.stop[0])
+        return experts_of(self.num_experts, self.ep_rank, self.ep_size)
+
+    def of(self, parameter: str) -> ModelGeometry:
+        """The geometry by which one parameter is divided: that of a single rank of tensor
+        parallelism for those that are replicated."""
+        if self.tp_size > 1 and any(fnmatchcase(parameter, name) for name in self.replicated):
+            return replace(self, tp_rank=0, tp_size=1)
+        return self
+
+
+def experts_of(count: int, rank: int, size: int) -> range:
+    """The experts that a rank of expert parallelism holds of `count`.
+
+    Consecutive ones; where they don't divide, the first ranks hold one more, as in vLLM's linear
+    placement.
+    """
+    least, more = divmod(count, size)
+    sizes = tuple(least + (index < more) for index in range(size))
+    box: Box = Shard(0, rank, size, sizes).box((count,))
+    return range(box.offset[0], box.stop[0])

@@ -12,6 +12,10 @@ from packedcomm.errors import ManifestError, listed
 __all__ = ["LoraAttributes"]
 
 
+# Ways to make or train an adapter that change nothing of what it computes.
+_PLAIN_VARIANTS = (None, "mica")
+
+
 @dataclass(frozen=True, slots=True)
 class LoraAttributes:
     """The `lora` attribute of a manifest, checked.
@@ -36,11 +40,13 @@ class LoraAttributes:
         Args:
             attributes: `{"lora": {"adapter": str, "scaling_folded": bool, "modules": {module:
                 {"r": int, "alpha": float, "scaling": float}}}}`, where "parameter" names the one
-                that is adapted of several; without "lora" nothing is known.
+                that is adapted of several and "variant" says that the module isn't plain LoRA;
+                without "lora" nothing is known.
             fold_scaling: whether B is to hold the scaling in the end.
 
         Raises:
-            ManifestError: something is malformed, or a module is DoRA's; all are listed, up to ten.
+            ManifestError: something is malformed, or a module is DoRA's or another variant's, which
+                computes more than `scaling * B @ A`; all are listed, up to ten.
         """
         lora = attributes.get("lora", {})
         if not isinstance(lora, dict):
@@ -61,6 +67,11 @@ class LoraAttributes:
             rank, scaling = entry.get("r"), _number(entry.get("scaling"))
             if not (rank is None or type(rank) is int) or scaling is None:
                 problems.append(f"module {module!r} has no valid rank and scaling")
+            elif entry.get("variant") not in _PLAIN_VARIANTS:
+                problems.append(
+                    f"module {module!r} is of the variant {entry['variant']!r}, which is more than "
+                    f"scaling * B @ A, all that slots can hold"
+                )
             elif entry.get("dora"):
                 problems.append(f"module {module!r} is DoRA's, whose magnitude slots can't hold")
             else:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from packedcomm.errors import ArgumentError, LayoutError, ManifestError, listed
 from packedcomm.layout import Box, Layout, Piece
+from packedcomm.planning.engine_names import UNDIVIDED
+from packedcomm.planning.geometry import experts_of
 from packedcomm.planning.lora_attributes import LoraAttributes
 from packedcomm.planning.lora_names import LoraName, SlotPlace, SlotShapes, slot_places
 
@@ -24,7 +27,10 @@ class LoraGeometry:
 
     Args:
         tp_rank, tp_size: of tensor parallelism.
-        ep_rank, ep_size: of expert parallelism, each rank holding as many consecutive experts.
+        ep_rank, ep_size: of expert parallelism, each rank holding consecutive experts.
+        num_experts: experts of a whole layer; needed where `ep_size` is above 1, since the first
+            ranks hold one more where they don't divide.
+        replicated: as in `ModelGeometry`, of modules.
         max_lora_rank: largest rank that a slot takes; None for what the tensors have room for.
 
     Raises:
@@ -36,15 +42,36 @@ class LoraGeometry:
     ep_rank: int = 0
     ep_size: int = 1
     max_lora_rank: int | None = None
+    num_experts: int | None = None
+    replicated: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.replicated, str) or any(type(n) is not str for n in self.replicated):
+            raise ArgumentError(f"replicated must be names of modules, got {self.replicated!r}")
+        object.__setattr__(self, "replicated", tuple(self.replicated))
         for kind in ("tp", "ep"):
             rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
             if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
                 raise ArgumentError(f"{kind}_rank {rank!r} and {kind}_size {size!r} don't fit")
-        limit = self.max_lora_rank
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ArgumentError(f"max_lora_rank must be an integer >= 1, got {limit!r}")
+        for name in ("max_lora_rank", "num_experts"):
+            limit = getattr(self, name)
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise ArgumentError(f"{name} must be an integer >= 1, got {limit!r}")
+        if self.ep_size > 1 and self.num_experts is None:
+            raise ArgumentError(f"ep_size {self.ep_size} needs num_experts")
+
+    def of(self, module: str) -> tuple[int, int]:
+        """Rank and size of tensor parallelism for one of the engine's modules: 0 and 1 for those
+        that are replicated."""
+        if any(fnmatchcase(module, name) for name in self.replicated):
+            return 0, 1
+        return self.tp_rank, self.tp_size
+
+    def experts(self, held: int) -> tuple[int, range]:
+        """Number of experts of a layer of which this rank holds some, and which ones it holds."""
+        if self.num_experts is None:
+            return held, range(held)
+        return self.num_experts, experts_of(self.num_experts, self.ep_rank, self.ep_size)
 
 
 def slot_parameter(module: str, matrix: str, index: int) -> str:
@@ -59,6 +86,7 @@ def lora_layout(
     attributes: LoraAttributes,
     *,
     rename: Callable[[str], str] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> Layout:
     """Where each matrix of an adapter belongs in a slot, and what of the slot is zero.
 
@@ -70,14 +98,16 @@ def lora_layout(
         geometry: the rank's.
         attributes: scalings and ranks that the manifest declares.
         rename: from an adapted module's name to the one to look up here.
+        tied: names that share the values of a matrix that is sent under another name.
 
     Raises:
         ManifestError: a tensor has no place, comes twice, lacks its other half, is of a rank or
-            shape that doesn't fit, or has no scaling; all are listed, up to ten.
+            shape that doesn't fit, or has no scaling, or names say several adapters; all are
+            listed, up to ten.
         LayoutError: the slots contradict themselves.
     """
     builder = _Builder(modules, geometry, attributes, rename)
-    builder.read(tensors)
+    builder.read(tensors, tied or {})
     if builder.problems:
         raise ManifestError(listed(builder.problems))
     layout = Layout(tensors, builder.parameters, builder.pieces, builder.padding())
@@ -114,18 +144,27 @@ class _Builder:
                 for index, shape in enumerate(slices):
                     self.parameters[slot_parameter(name, matrix, index)] = shape
 
-    def read(self, tensors: Mapping[str, Sequence[int]]) -> None:
-        """Place every tensor."""
+    def read(self, tensors: Mapping[str, Sequence[int]], tied: Mapping[str, str]) -> None:
+        """Place every tensor, those that are tied to one in several places."""
         pairs: dict[str, dict[str, str]] = {}
-        for tensor, shape in tensors.items():
-            name = LoraName.parse(tensor)
-            problem = self._unplaceable(tensor, name, shape)
+        adapters: dict[str, str] = {}
+        names = {tensor: tensor for tensor in tensors}
+        names |= {n: tensor for n, tensor in tied.items() if tensor in tensors and n not in tensors}
+        for text, tensor in names.items():
+            name = LoraName.parse(text)
+            problem = self._unplaceable(text, name, tensors[tensor])
             if problem or name is None:
-                self.problems.append(f"tensor {tensor!r}: {problem}")
+                self.problems.append(f"tensor {text!r}: {problem}")
                 continue
+            if name.adapter is not None:
+                adapters.setdefault(name.adapter, text)
             other = pairs.setdefault(name.module, {}).setdefault(name.matrix, tensor)
             if other != tensor:
                 self.problems.append(f"tensors {other!r} and {tensor!r} are the same matrix")
+        if len(adapters) > 1:
+            found = [f"{text!r} of {adapter!r}" for adapter, text in adapters.items()]
+            self.problems.append(f"matrices of several adapters: {listed(found)}")
+            return
         for module, pair in pairs.items():
             if len(pair) == 1:
                 present, tensor = next(iter(pair.items()))
@@ -179,6 +218,8 @@ class _Builder:
         self, module: str, pair: Mapping[str, str], a: tuple[int, ...], b: tuple[int, ...]
     ) -> None:
         name = self._rename(module) if self._rename else module
+        if type(name) is not str:
+            raise ManifestError(f"rename made {name!r} of {module!r}, expected a name")
         declared = self._attributes.parameters.get(module)
         places = slot_places(name, (a[1], b[0]), self._modules, declared)
         if places is None:
@@ -206,7 +247,20 @@ class _Builder:
         held, rows_held, inputs_held = shapes.a[place.slice]
         _, outputs_held, limit = shapes.b[place.slice]
         geometry = self._geometry
-        experts = held * geometry.ep_size
+        experts, own = (
+            geometry.experts(held)
+            if place.expert is not None or place.experts
+            else (
+                1,
+                range(1),
+            )
+        )
+        if len(own) != held:
+            raise _MisfitError(
+                f"the slots have {held} experts, this rank holds {len(own)} of {experts}"
+                if place.expert is not None or place.experts
+                else f"it adapts one layer, the slots have {held} experts"
+            )
         rank, rest = divmod(a[0], experts if place.experts else 1)
         if rest:
             raise _MisfitError(f"{a[0]} rows of lora_A are not those of {experts} experts")
@@ -216,8 +270,13 @@ class _Builder:
             )
         if self._attributes.rank(module) not in (None, rank):
             raise _MisfitError(f"rank {rank}, declared as {self._attributes.rank(module)}")
-        first_row = self._first_row(rows_held, limit)
+        first_row = self._first_row(rows_held, limit, place)
         rows = max(0, min(rank - first_row, rows_held))
+        if place.module.rpartition(".")[2] in UNDIVIDED and geometry.of(place.module)[1] > 1:
+            raise _MisfitError(
+                f"the module holds several projections, and how {geometry.tp_size} ranks divide "
+                f"them can't be told"
+            )
         column = self._start(a[1], inputs_held, place, "inputs")
         number, count = place.rows
         if b[0] % count:
@@ -226,13 +285,13 @@ class _Builder:
         outputs = outputs_held // count if place.shared else outputs_held
         start = number * part + self._start(part, outputs, place, "outputs")
         at = number * outputs if place.shared else 0
-        mine = self._experts(place, held)
+        mine = _local_experts(place, experts, own)
         for expert in mine:
             self._fill(place, "A", expert, rows, pair["A"])
             self._fill(place, "B", expert, rank, pair["B"])
         a_parameter = slot_parameter(place.module, "A", place.slice)
         b_parameter = slot_parameter(place.module, "B", place.slice)
-        base = geometry.ep_rank * held
+        base = own.start
         # What both halves of gate_up_proj share in one slice is written once.
         if rows and not (place.shared and number):
             for expert in mine:
@@ -251,38 +310,33 @@ class _Builder:
                 piece = _piece(pair["B"], box, b_parameter, (expert, at, 0), (1, 2), scale)
                 self.pieces.append(piece)
 
-    def _first_row(self, rows_held: int, limit: int) -> int:
+    def _first_row(self, rows_held: int, limit: int, place: SlotPlace) -> int:
         """The first of A's rows that this rank holds: 0, or its share's where LoRA is fully
         sharded."""
+        rank, size = self._geometry.of(place.module)
         if rows_held == limit:
             return 0
-        if rows_held * self._geometry.tp_size == limit:
-            return self._geometry.tp_rank * rows_held
+        if rows_held * size == limit:
+            return rank * rows_held
         raise _MisfitError(f"slots have {rows_held} rows of A and {limit} columns of B")
 
     def _start(self, whole: int, held: int, place: SlotPlace, what: str) -> int:
         """The first of the inputs or outputs that this rank holds."""
-        size = self._geometry.tp_size
-        if whole == held:
+        rank, size = self._geometry.of(place.module)
+        divided = _divided(place)
+        if place.expert is not None or place.experts:
+            # Experts that have a rank of their own are mostly not divided as well.
+            divided = divided if self._geometry.ep_size == 1 else None
+        # Fully sharded LoRA also divides the outputs of layers whose inputs are divided.
+        if whole == held and (size == 1 or divided != what):
             return 0
+        if divided == "outputs" and what == "inputs":
+            raise _MisfitError(f"{whole} inputs, expected {held}")
         # Only keys and values may have fewer shards than ranks: neighbours then share one.
         count = whole // held if held and place.part in ("k", "v") else size
         if size % max(1, count) or whole != held * count:
             raise _MisfitError(f"{whole} {what}; this rank's slots have {held}, of {size} ranks")
-        return self._geometry.tp_rank // (size // count) * held
-
-    def _experts(self, place: SlotPlace, held: int) -> Sequence[int]:
-        """Which of the slots' experts a pair is for."""
-        if place.experts:
-            return range(held)
-        if place.expert is None:
-            if held != 1:
-                raise _MisfitError(f"it adapts one layer, the slots have {held} experts")
-            return (0,)
-        if place.expert >= held * self._geometry.ep_size:
-            raise _MisfitError(f"there are {held * self._geometry.ep_size} experts")
-        local = place.expert - self._geometry.ep_rank * held
-        return (local,) if 0 <= local < held else ()
+        return rank // (size // count) * held
 
     def _fill(self, place: SlotPlace, matrix: str, expert: int, count: int, tensor: str) -> None:
         parameter = slot_parameter(place.module, matrix, place.slice)
@@ -300,3 +354,22 @@ def _piece(
     scale: float = 1.0,
 ) -> Piece:
     return Piece(tensor, box, parameter, at, axes, (1, 1), scale)
+
+
+def _divided(place: SlotPlace) -> str | None:
+    """Which of its dimensions ranks of tensor parallelism divide a projection on; None where that
+    isn't known."""
+    if place.part == "down" or place.module.rpartition(".")[2] in ("o_proj", "down_proj"):
+        return "inputs"
+    if place.part or place.module.rpartition(".")[2] in ("qkv_proj", "q_proj", "k_proj", "v_proj"):
+        return "outputs"
+    return None
+
+
+def _local_experts(place: SlotPlace, experts: int, own: range) -> Sequence[int]:
+    """Which of the slots' experts a pair is for."""
+    if place.expert is None:
+        return range(len(own))
+    if place.expert >= experts:
+        raise _MisfitError(f"there are {experts} experts")
+    return (place.expert - own.start,) if place.expert in own else ()

@@ -6,17 +6,29 @@ are before any backend repacks them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from packedcomm.layout import Box, Piece
-from packedcomm.planning.engine_names import Destination, is_vocabulary
+from packedcomm.planning.engine_names import UNDIVIDED, Destination, is_vocabulary, layer_of
 from packedcomm.planning.geometry import ModelGeometry
 
 __all__ = ["MisfitError", "Placed", "place_tensor"]
 
 # vLLM pads the vocabulary to a multiple of this many rows before dividing it among ranks.
 _VOCABULARY_MULTIPLE = 64
+
+# Dimension on which layers that engines keep under the wire's names are divided, and of which also
+# the bias is.
+_DIVIDED = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "o_proj": 1,
+    "down_proj": 1,
+}
 
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
@@ -58,6 +70,7 @@ def place_tensor(
     Raises:
         MisfitError: the shapes don't fit each other.
     """
+    geometry = geometry.of(destination.parameter)
     if destination.experts:
         return _experts(tensor, tuple(shape), destination, tuple(local), geometry)
     if destination.part in ("q", "k", "v", "qkv"):
@@ -181,24 +194,37 @@ def _plain(
     """Whole where the shapes are equal, else divided on the one dimension on which they differ: 0
     for column-parallel layers, 1 for row-parallel ones, whose biases are whole."""
     parameter = destination.parameter
-    if shape == local:
+    leaf = layer_of(parameter)
+    if leaf in UNDIVIDED and geometry.tp_size > 1:
+        raise MisfitError(
+            f"{leaf} holds several projections, and how {geometry.tp_size} ranks divide them can't "
+            f"be told: send them one by one to qkv_proj or gate_up_proj"
+        )
+    # Keys and values that an engine keeps apart are replicated like fused ones.
+    count = geometry.kv_shards if leaf in ("k_proj", "v_proj") else geometry.tp_size
+    must = _divided_dimension(leaf, parameter, len(local)) if count > 1 else None
+    if shape == local and must is None:
         return Placed((Piece.aligned(tensor, Box.whole(shape), parameter),), ("",))
     differing = [d for d, (a, b) in enumerate(zip(shape, local, strict=False)) if a != b]
-    if len(shape) != len(local) or len(differing) != 1:
-        raise MisfitError(
-            f"expected shape {local}, or {geometry.tp_size} times that on one dimension"
-        )
+    if len(shape) != len(local) or len(differing) != 1 or must not in (None, differing[0]):
+        if must is not None:
+            expected = tuple(n * count if d == must else n for d, n in enumerate(local))
+            raise MisfitError(f"expected shape {expected}; what ranks hold whole is `replicated`")
+        raise MisfitError(f"expected shape {local}, or {count} times that on one dimension")
     dim = differing[0]
-    count = geometry.tp_size
-    leaf = parameter.rpartition(".")[0].rpartition(".")[2]
-    if leaf.startswith(("k_", "v_")):
-        # Keys and values that an engine keeps apart are replicated like fused ones.
-        count = geometry.kv_shards
     if shape[dim] != local[dim] * count:
         raise MisfitError(f"expected {local[dim] * count} on dimension {dim}")
     offset = [0] * len(shape)
     offset[dim] = geometry.shard_index(count) * local[dim]
     return Placed((Piece.aligned(tensor, Box(tuple(offset), local), parameter),), ("",))
+
+
+def _divided_dimension(leaf: str, parameter: str, dimensions: int) -> int | None:
+    """The dimension on which ranks divide a parameter; None where that isn't known."""
+    dim = _DIVIDED.get(leaf)
+    if dim is None or (dim == 1 and dimensions == 1) or dim >= dimensions:
+        return None
+    return dim if parameter.endswith((".weight", ".bias")) else None
 
 
 def _experts(
@@ -220,6 +246,11 @@ def _experts(
         raise MisfitError(f"the geometry gives this rank {len(mine)} experts")
     total = geometry.num_experts or local[0]
     every = destination.expert is None
+    if every and shape == local and geometry.tp_size == 1 and total == local[0]:
+        # The same on both sides, in whatever order of rows and columns.
+        filled = tuple(_filled_experts(mine, destination.part))
+        whole_piece = Piece.aligned(tensor, Box.whole(shape), destination.parameter)
+        return Placed((whole_piece,), filled)
     if len(shape) != (3 if every else 2) or (every and shape[0] != total):
         raise MisfitError(f"expected {total} experts" if every else "expected two dimensions")
     parts = _PARTS.get(destination.part, (destination.part,))
@@ -229,6 +260,9 @@ def _experts(
     width = inner_local[dim] if down else inner_local[dim] // 2
     whole = inner[dim] // len(parts)
     index = _slice_index(whole, width, geometry)
+    if index is None and geometry.ep_size > 1 and whole == width:
+        # Experts that have a rank of their own are mostly not divided as well.
+        index = 0
     if inner[fixed] != inner_local[fixed] or inner[dim] % len(parts) or index is None:
         expected = [inner_local[fixed]] * 2
         expected[dim] = width * geometry.tp_size * len(parts)
@@ -254,12 +288,15 @@ def _experts(
         place = (first, *at)
         pieces.append(Piece(tensor, box, destination.parameter, place, tuple(axes), steps))
     experts = mine if destination.expert is None else [destination.expert]
-    filled = tuple(f"expert {expert} {part}" for expert in experts for part in parts)
-    return Placed(tuple(pieces), filled)
+    return Placed(tuple(pieces), tuple(_filled_experts(experts, destination.part)))
+
+
+def _filled_experts(experts: Iterable[int], part: str) -> Iterator[str]:
+    for expert in experts:
+        for single in _PARTS.get(part, (part,)):
+            yield f"expert {expert} {single}"
 
 
 def _slice_index(whole: int, held: int, geometry: ModelGeometry) -> int | None:
-    """Which slice of a dimension a rank holds: its own, 0 if it holds all; None if neither."""
-    if whole == held * geometry.tp_size:
-        return geometry.tp_rank
-    return 0 if whole == held else None
+    """Which slice of a dimension a rank holds; None if the dimension isn't as long as all have."""
+    return geometry.tp_rank if whole == held * geometry.tp_size else None

@@ -167,7 +167,7 @@ class SenderSession(SessionEnd):
         Args:
             message: the question; or one for each receiver, in the order of their ranks.
             expect: the kind of answer, or several.
-            timeout_s: deadline in seconds; None is `Settings.control_timeout_s`.
+            timeout_s: deadline in seconds; None is `Settings.operation_timeout_s`.
 
         Returns:
             The answers, in the order of the ranks.
@@ -182,7 +182,7 @@ class SenderSession(SessionEnd):
             SessionStateError: the session is closed or was aborted.
         """
         self.wait()
-        seconds = self.settings.control_timeout_s if timeout_s is None else timeout_s
+        seconds = self.settings.operation_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
         failures: dict[int, PackedCommError] = {}
         gone = {r.rank: why for r in self._receivers if (why := self._gone(r)) is not None}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from packedcomm.errors import ArgumentError
-from packedcomm.sources.entries import NamedTensor, Transform, is_dtensor
+from packedcomm.sources.entries import Attributes, NamedTensor, Transform, is_dtensor
 from packedcomm.sources.exchange import Exchange
 from packedcomm.sources.gathering import GatheringSource
 from packedcomm.sources.structure import (
@@ -77,7 +76,7 @@ class DTensorSource(GatheringSource):
         self._unwrap = unwrap
         self._structure: ModuleRecord | MappingRecord | None = None
 
-    def _read(self) -> tuple[list[NamedTensor], Mapping[str, Any]]:
+    def _read(self) -> tuple[list[NamedTensor], Attributes]:
         self._structure = None
         if isinstance(self._tensors, nn.Module):
             self._structure = ModuleRecord(self._tensors)

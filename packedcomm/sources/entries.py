@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from packedcomm.copying import Part, describe_tensors
-from packedcomm.errors import ManifestError, TensorError
+from packedcomm.errors import ManifestError, TensorError, listed
 from packedcomm.manifest import Manifest, TensorSpec
 
 __all__ = [
+    "Attributes",
     "Description",
     "Entry",
     "NamedTensor",
@@ -21,11 +23,8 @@ __all__ = [
     "describe",
     "entries_of",
     "is_dtensor",
-    "listed",
     "local_of",
 ]
-
-_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,9 @@ class Entry:
     origin: int
     """Position of the tensor among those that the source has."""
 
+    originals: tuple[str, ...] = ()
+    """What `names` were before all transforms, one by one; empty if nobody needs to know."""
+
 
 class Transform(Protocol):
     """A declared change of what is sent. Part of the manifest, so that it changes the digest."""
@@ -73,6 +75,10 @@ class Transform(Protocol):
         """The declaration as plain JSON."""
 
 
+Attributes: TypeAlias = Mapping[str, Any] | Callable[[Sequence[Entry]], Mapping[str, Any]]
+"""A manifest's attributes, or a function that makes them of the entries after all transforms."""
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """The outcome of `describe`; `entries` are in the manifest's order."""
@@ -84,12 +90,6 @@ class Description:
     def parts(self) -> tuple[tuple[Part, ...], ...]:
         """The parts of every tensor of the manifest."""
         return tuple(entry.parts for entry in self.entries)
-
-
-def listed(problems: Sequence[str]) -> str:
-    """All problems in one text, up to ten."""
-    more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    return "; ".join(problems[:_LISTED]) + more
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -122,6 +122,8 @@ def check_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """
     by_device: dict[torch.device, tuple[list[str], list[torch.Tensor]]] = {}
     for name, tensor in named:
+        if is_lazy(tensor):
+            raise TensorError(f"tensor {name!r}: is uninitialised, run a forward pass first")
         if tensor.device.type == "meta":
             raise TensorError(f"tensor {name!r}: is on the meta device, which has no memory")
         if getattr(tensor, "quant_state", None) is not None:
@@ -160,14 +162,14 @@ def entries_of(
         if parts is None:
             parts = (Part(local_of(item.tensor.detach()), None, item.scale),)
         spec = TensorSpec(item.name, str(item.tensor.dtype), tuple(item.tensor.shape))
-        entries.append(Entry(tuple(tied), spec.dtype, spec.shape, parts, origin))
+        entries.append(Entry(tuple(tied), spec.dtype, spec.shape, parts, origin, tuple(tied)))
     return entries
 
 
 def describe(
     entries: list[Entry],
     transforms: Sequence[Transform],
-    attributes: Mapping[str, Any] | None = None,
+    attributes: Attributes | None = None,
 ) -> Description:
     """Apply the transforms in order and make the manifest.
 
@@ -175,14 +177,19 @@ def describe(
     the name that is sent, also where there are none; and where there are any `transforms`, the list
     of their declarations.
 
+    Args:
+        entries: what the source has.
+        transforms: applied in order.
+        attributes: more of the manifest's attributes.
+
     Raises:
         ManifestError, LayoutError: a transform doesn't fit, or two tensors have one name.
     """
-    attributes = dict(attributes or {})
     left_out: list[str] = []
     for transform in transforms:
         entries = transform.apply(entries, left_out)
     check_names(entries)
+    attributes = dict((attributes(entries) if callable(attributes) else attributes) or {})
     if transforms:
         attributes["transforms"] = [transform.to_json() for transform in transforms]
     # Also when empty: a receiver can then tell that nothing is tied from not knowing.

@@ -54,6 +54,8 @@ class Exchange:
         if not self._backends or device.type in self._backends:
             return device
         kind = next(iter(self._backends))
+        if kind == "cpu":
+            return torch.device(kind)
         return torch.device(kind, torch.get_device_module(kind).current_device())
 
     def rank_of(self, global_rank: int) -> int:
@@ -76,6 +78,9 @@ class Exchange:
             ManifestError: the digests differ.
         """
         text = b"" if failure is None else _described(failure)
+        if failure is not None:
+            # A process that has never described its tensors has no digest.
+            digest = bytes(_DIGEST_BYTES)
         status = list(len(text).to_bytes(_LENGTH_BYTES, "big") + digest)
         everyone = self._all_gather(torch.tensor(status, dtype=torch.uint8, device=self._device))
         answers = [bytes(tensor.tolist()) for tensor in everyone]

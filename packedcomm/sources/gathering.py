@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from packedcomm.errors import LayoutError, PackedCommError, SessionStateError
 from packedcomm.manifest import DTYPE_SIZES, dtype_name
 from packedcomm.sources.base import Snapshot
 from packedcomm.sources.entries import (
+    Attributes,
     Entry,
     NamedTensor,
     Transform,
@@ -61,7 +62,7 @@ class GatheringSource(abc.ABC):
         self._gathered: dict[int, Gathered] = {}
 
     @abc.abstractmethod
-    def _read(self) -> tuple[list[NamedTensor], Mapping[str, Any]]:
+    def _read(self) -> tuple[list[NamedTensor], Attributes]:
         """Read the trainer's tensors anew, and what else belongs into the manifest's attributes."""
 
     @abc.abstractmethod

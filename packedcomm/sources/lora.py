@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, getitem
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from packedcomm.errors import ArgumentError, ManifestError
+from packedcomm.errors import ArgumentError, ManifestError, listed
 from packedcomm.sources.dtensor import holds_dtensors
-from packedcomm.sources.entries import NamedTensor, Transform
+from packedcomm.sources.entries import Attributes, NamedTensor, Transform
 from packedcomm.sources.exchange import Exchange
 from packedcomm.sources.gathering import GatheringSource
+from packedcomm.sources.lora_attributes import PREFIX, LoraDescription, layer_description
 from packedcomm.sources.structure import ModuleRecord, joined, modules_by_name
 
 __all__ = ["LoraSource"]
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the base model's names when it saves an adapter."""
 
 # The factors that the scaling belongs to, `W + scaling * B @ A`; B's bias is scaled with it.
 _SCALED = ("lora_B", "lora_embedding_B")
@@ -43,8 +41,10 @@ class LoraSource(GatheringSource):
 
     The manifest's attribute `lora` is `{"adapter": name, "scaling_folded": bool, "modules":
     {module: {"r": int, "alpha": float, "scaling": float, "rslora": bool, "dora": bool}}}`, where
-    adapted parameters also have `"parameter": name` and `"experts": int`; modules are named without
-    `base_model.model.`.
+    adapted parameters also have `"parameter": name` and `"experts": int`, and layers that compute
+    something else than `scaling * B @ A` have `"variant": name`, such as `"kasa"` (DoRA's only have
+    `"dora"`). Modules are named without `base_model.model.`, as their tensors are after all
+    transforms; those of which nothing is sent are left out.
 
     Args:
         model: a PEFT model, or one with an adapter injected; any wrappers around it. Sharded by
@@ -88,7 +88,7 @@ class LoraSource(GatheringSource):
             == self._scalings
         )
 
-    def _read(self) -> tuple[list[NamedTensor], Mapping[str, Any]]:
+    def _read(self) -> tuple[list[NamedTensor], Attributes]:
         """See `GatheringSource`.
 
         Raises:
@@ -100,26 +100,29 @@ class LoraSource(GatheringSource):
         config = self._config()
         modules: dict[str, dict[str, Any]] = {}
         layers = []
+        owners: dict[str, str] = {}
+        unknown: list[str] = []
         named: list[NamedTensor] = []
         for path, module in self._wire_paths():
             if _is_lora(module) and self._has_adapter(module):
-                modules[path.removeprefix(PREFIX)] = self._describe_layer(module)
+                name = path.removeprefix(PREFIX)
+                modules[name] = layer_description(module, self._adapter)
                 layers.append(module)
-            named.extend(self._adapter_tensors(path, module))
+                unknown += self._unknown_tensors(name, module)
+                owned = list(self._adapter_tensors(path, module))
+                owners.update((item.name, name) for item in owned)
+                named.extend(owned)
+            else:
+                named.extend(self._adapter_tensors(path, module))
         if not layers:
             raise ManifestError(f"LoRA adapter {self._adapter!r}: {self._what_is_missing()}")
+        if unknown:
+            raise ManifestError(f"LoRA adapter {self._adapter!r}: {listed(unknown)}")
         named.extend(self._biases(getattr(config, "bias", "none")))
         self._layers = layers
         self._scalings = [layer.scaling[self._adapter] for layer in layers]
         self._structure = structure
-        attributes = {
-            "lora": {
-                "adapter": self._adapter,
-                "scaling_folded": self._fold_scaling,
-                "modules": modules,
-            }
-        }
-        return named, attributes
+        return named, LoraDescription(self._adapter, self._fold_scaling, modules, owners)
 
     def _config(self) -> Any:
         """PEFT's configuration of the adapter; None where the model doesn't keep it."""
@@ -144,19 +147,15 @@ class LoraSource(GatheringSource):
     def _has_adapter(self, layer: Any) -> bool:
         return any(self._adapter in container for _, container in _containers(layer))
 
-    def _describe_layer(self, layer: Any) -> dict[str, Any]:
-        adapter = self._adapter
-        described: dict[str, Any] = {
-            "r": int(layer.r[adapter]),
-            "alpha": float(layer.lora_alpha[adapter]),
-            "scaling": float(layer.scaling[adapter]),
-            "rslora": bool(getattr(layer, "use_rslora", {}).get(adapter, False)),
-            "dora": bool(getattr(layer, "use_dora", {}).get(adapter, False)),
-        }
-        if hasattr(layer, "parameter_name"):
-            described["parameter"] = str(layer.parameter_name)
-            described["experts"] = int(layer.num_experts)
-        return described
+    def _unknown_tensors(self, name: str, layer: Any) -> Iterator[str]:
+        """What a variant of LoRA keeps where it isn't known how PEFT saves it."""
+        known = {kind for kind, _ in _containers(layer)}
+        for kind, child in layer._modules.items():
+            if kind in known or not kind.startswith("lora_") or self._adapter not in child:
+                continue
+            if next(iter(child[self._adapter].state_dict()), None) is not None:
+                variant = layer_description(layer, self._adapter).get("variant", "unknown")
+                yield f"module {name!r}: can't send {kind!r} of the variant {variant!r}"
 
     def _adapter_tensors(self, path: str, module: Any) -> Iterator[NamedTensor]:
         for kind, container in _containers(module):
@@ -172,11 +171,7 @@ class LoraSource(GatheringSource):
             if not isinstance(adapted, nn.Module):
                 yield NamedTensor(name, adapted, scale)
                 continue
-            tensors = [*adapted.named_parameters(remove_duplicate=False)]
-            if kind == "modules_to_save":
-                saved = adapted.state_dict(keep_vars=True)
-                tensors = [(key, tensor) for key, tensor in saved.items()]
-            for key, tensor in tensors:
+            for key, tensor in adapted.state_dict(keep_vars=True).items():
                 full = name if kind == _MAGNITUDE and key == "weight" else joined(name, key)
                 yield NamedTensor(full, tensor, scale)
 
@@ -215,14 +210,21 @@ def _is_lora(module: Any) -> bool:
 
 def _container_names(module: Any) -> tuple[str, ...]:
     """What a PEFT layer calls the attributes that hold adapters; of other modules nothing."""
-    # Not getattr: PEFT's wrappers answer for the modules that they wrap.
-    names = getattr(type(module), "adapter_layer_names", ())
-    return names if isinstance(names, tuple) else ()
+    # Not getattr: PEFT's wrappers answer for the modules that they wrap. Variants of LoRA add names
+    # to the layer itself.
+    names = vars(module).get(
+        "adapter_layer_names", getattr(type(module), "adapter_layer_names", ())
+    )
+    if not isinstance(names, tuple):
+        return ()
+    others = vars(module).get("other_param_names", ())
+    return (*names, *(name for name in others if name.startswith("lora_") and name not in names))
 
 
 def _containers(module: Any) -> Iterator[tuple[str, Any]]:
     """A PEFT layer's containers of what each adapter has, by kind."""
     for kind in _container_names(module):
         container = module._modules.get(kind)
-        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+        buffers = kind.startswith("lora_") and type(container).__name__ == "BufferDict"
+        if buffers or isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
             yield kind, container

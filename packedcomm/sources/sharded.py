@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from packedcomm.copying import Part, as_tensor
-from packedcomm.errors import ArgumentError, LayoutError, ManifestError, TensorError
+from packedcomm.errors import ArgumentError, LayoutError, ManifestError, TensorError, listed
 from packedcomm.manifest import TensorSpec
 from packedcomm.sources.base import Snapshot
-from packedcomm.sources.entries import Entry, Transform, check_tensors, describe, is_dtensor, listed
+from packedcomm.sources.entries import Entry, Transform, check_tensors, describe, is_dtensor
 from packedcomm.sources.structure import AddressRecord, MappingRecord
 from packedcomm.sources.transforms import NamePatterns, Selection
 
@@ -27,7 +27,8 @@ class ShardedSource:
     dimension. FSDP shards may be uneven or empty.
 
     Args:
-        shards: the shards by name; tensors, cupy or NumPy arrays. A single one is the whole tensor.
+        shards: lists of shards by name; tensors, cupy or NumPy arrays. A single one is the whole
+            tensor. Shards stacked in one tensor are `list(stacked)`, made once.
         dp_shard_degree: FSDP ranks.
         tp_degree: tensor-parallel ranks.
         tp_shard_dim: dimension that tensor parallelism splits; None where it doesn't, so that all
@@ -71,7 +72,8 @@ class ShardedSource:
         """See `Source`.
 
         Raises:
-            LayoutError: a tensor's shards don't fit, overlap or leave holes; it is named.
+            LayoutError: a tensor's shards aren't a list, don't fit, overlap or leave holes; it is
+                named.
             ManifestError: `shapes` or `replicated` has names of no tensor.
         """
         if (
@@ -85,8 +87,12 @@ class ShardedSource:
         self._structure = self._addresses = None
         patterns = NamePatterns(self._replicated) if self._replicated else None
         entries, tensors = [], []
-        structure = MappingRecord(self._shards, lists=True)
         for origin, (name, arrays) in enumerate(self._shards.items()):
+            if not isinstance(arrays, (list, tuple)):
+                # Reading one array makes other views every time, which can't be told from others.
+                raise LayoutError(
+                    f"tensor {name!r}: expected a list of shards, got a {type(arrays).__name__}"
+                )
             whole = patterns is not None and patterns.matches(name)
             shards = [_as_plain_tensor(name, array) for array in arrays]
             entries.append(self._entry(origin, name, shards, whole))
@@ -98,6 +104,7 @@ class ShardedSource:
         ]
         if unknown:
             raise ManifestError(listed(unknown))
+        structure = MappingRecord(self._shards, lists=True)
         description = describe(entries, self._transforms)
         self._snapshot = Snapshot(description.manifest, description.parts(), description.left_out)
         self._addresses = AddressRecord(tensors)
@@ -140,11 +147,20 @@ class ShardedSource:
                 f"tensor {name!r}: expected {count} shards ({self._fsdp} FSDP x {self._tp} TP), "
                 f"got {len(shards)}"
             )
-        tp_dim = self._tp_dim(name, shards[0].dim())
+        # FSDP gives ranks without rows an empty tensor, at times of one dimension only.
+        dimensions = max(shard.dim() for shard in shards)
+        if dimensions == 0:
+            raise LayoutError(
+                f"tensor {name!r}: a shard has no dimensions, so it must be replicated"
+            )
+        tp_dim = self._tp_dim(name, dimensions)
         parts: list[Part] = []
         shape: list[int] = []
         for index in range(self._tp if tp_dim is not None else 1):
-            column, column_shape = _stacked(name, shards[index :: self._tp])
+            mine = [s for s in shards[index :: self._tp] if s.dim() == dimensions or s.numel()]
+            if not mine:
+                continue
+            column, column_shape = _stacked(name, mine)
             offset = [0] * len(column_shape)
             if not shape:
                 shape = column_shape
@@ -161,6 +177,8 @@ class ShardedSource:
             for shard, row in column:
                 start = (offset[0] + row, *offset[1:])
                 parts.append(Part(shard.detach(), start))
+        if not shape:
+            raise LayoutError(f"tensor {name!r}: TP rank 0 has no shard that tells its shape")
         return parts, tuple(shape)
 
     def _tp_dim(self, name: str, dimensions: int) -> int | None:
@@ -202,17 +220,13 @@ def _stacked(
     name: str, shards: Sequence[torch.Tensor]
 ) -> tuple[list[tuple[torch.Tensor, int]], list[int]]:
     """Non-empty shards with their first rows, one below the other, and the shape they make up."""
-    # FSDP gives ranks without rows an empty tensor, at times of one dimension only.
-    filled = [shard for shard in shards if tuple(shard.shape) != (0,)] or list(shards[:1])
-    shape = list(filled[0].shape)
-    if not shape:
-        raise LayoutError(f"tensor {name!r}: a shard has no dimensions, so it must be replicated")
+    shape = list(shards[0].shape)
     rows = 0
     placed = []
-    for shard in filled:
-        if list(shard.shape[1:]) != shape[1:]:
+    for shard in shards:
+        if not shard.dim() or list(shard.shape[1:]) != shape[1:]:
             raise LayoutError(
-                f"tensor {name!r}: FSDP shards of shapes {tuple(filled[0].shape)} and "
+                f"tensor {name!r}: FSDP shards of shapes {tuple(shards[0].shape)} and "
                 f"{tuple(shard.shape)} differ in more than rows"
             )
         if shard.numel():

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from packedcomm.errors import ArgumentError, ManifestError
+from packedcomm.errors import ArgumentError, ManifestError, listed
 from packedcomm.manifest import dtype_name
 from packedcomm.planning.rotary import RotaryDirection
-from packedcomm.sources.entries import Entry, check_names, listed
+from packedcomm.sources.entries import Entry, check_names
 from packedcomm.sources.rotary import permuted_entry
 
 __all__ = [
@@ -169,17 +169,21 @@ class Rename:
         ]
         if problems:
             raise ManifestError(listed(problems))
-        # Tied names that become one name are still the same tensor: no collision.
-        renamed = [
-            replace(entry, names=tuple(dict.fromkeys(after[name] for name in entry.names)))
-            for entry in entries
-        ]
+        renamed = [_renamed(entry, after) for entry in entries]
         _check_collisions(entries, renamed, after)
         return renamed
 
     def to_json(self) -> dict[str, Any]:
         """See `Transform`. The new names themselves are in the manifest."""
         return {"kind": "rename"}
+
+
+def _renamed(entry: Entry, after: Mapping[str, str]) -> Entry:
+    # Tied names that become one name are still the same tensor: no collision.
+    originals: dict[str, str] = {}
+    for name, original in zip(entry.names, entry.originals or entry.names, strict=True):
+        originals.setdefault(after[name], original)
+    return replace(entry, names=tuple(originals), originals=tuple(originals.values()))
 
 
 def _check_collisions(
@@ -229,8 +233,11 @@ class Filter:
             kept = {name: patterns.matches(name) for name in entry.names}
             left_out.extend(name for name, keep in kept.items() if not keep)
             if any(kept.values()):
-                names = tuple(name for name, keep in kept.items() if keep)
-                kept_entries.append(replace(entry, names=names))
+                pairs = zip(entry.names, entry.originals or entry.names, strict=True)
+                originals = {name: original for name, original in pairs if kept[name]}
+                kept_entries.append(
+                    replace(entry, names=tuple(originals), originals=tuple(originals.values()))
+                )
         patterns.check_used("Filter")
         return kept_entries
 

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 from packedcomm.copying import Part
-from packedcomm.errors import ManifestError
 from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest
 from packedcomm.planning.engine_layouts import ModelGeometry, engine_layout
-from packedcomm.targets.placement import Placement, Placements, check_one_device
+from packedcomm.targets.placement import (
+    Placement,
+    Placements,
+    check_apart,
+    check_one_device,
+    tied_names,
+)
 from packedcomm.targets.tensors import checked_destinations
 
 __all__ = ["FusedTarget"]
@@ -32,7 +37,8 @@ class FusedTarget:
 
     Args:
         parameters: this rank's, mapping or `(name, tensor)` pairs, any strides, one device. Two
-            names may have one memory (tied weights).
+            names may be one tensor (tied weights); what is sent must be tied too, or
+            `tied_embeddings` be set.
         geometry: the model's dimensions and this rank's place.
         partial: whether a transfer may leave out whole parameters. One that gets only some of its
             tensors is always an error.
@@ -44,7 +50,8 @@ class FusedTarget:
     Raises:
         ManifestError: a name is empty or occurs twice.
         TensorError: a parameter requires grad (pass `parameter.detach()`), overlaps itself, can't
-            be written as bytes, or is on another device than the first one.
+            be written as bytes, is on another device than the first one, or shares memory with
+            another one without being the same tensor.
     """
 
     fixed_destinations = True
@@ -70,6 +77,7 @@ class FusedTarget:
                 self._parameters[name] = tensor
             else:
                 self._aliases[name] = owner
+        check_apart(self._parameters)
         self._shapes = {name: tuple(t.shape) for name, t in self._parameters.items()}
         self._geometry = geometry
         self._partial = partial
@@ -115,15 +123,12 @@ class FusedTarget:
         self._placements.get(manifest, self._place).zero()
 
     def _place(self, manifest: Manifest) -> Placement:
-        tied = manifest.attributes.get("tied", {})
-        if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
-            raise ManifestError('manifest attribute "tied" must be an object of names')
         layout = engine_layout(
             self._shapes,
             {spec.name: spec.shape for spec in manifest.specs},
             self._geometry,
             partial=self._partial,
-            tied=tied,
+            tied=tied_names(manifest),
             aliases=self._aliases,
             rename=self._rename,
         )

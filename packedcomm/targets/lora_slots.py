@@ -14,7 +14,13 @@ from packedcomm.manifest import Manifest
 from packedcomm.planning.lora_attributes import LoraAttributes
 from packedcomm.planning.lora_layouts import LoraGeometry, lora_layout, slot_parameter
 from packedcomm.planning.lora_names import SlotShapes
-from packedcomm.targets.placement import Placement, Placements, check_one_device
+from packedcomm.targets.placement import (
+    Placement,
+    Placements,
+    check_apart,
+    check_one_device,
+    tied_names,
+)
 from packedcomm.targets.tensors import checked_destinations
 
 __all__ = ["LoraSlotTarget", "LoraSlots"]
@@ -70,6 +76,9 @@ class LoraSlotTarget:
         max_lora_rank: largest rank taken; None for what the tensors have room for.
         tp_rank, tp_size: this rank and the number of ranks of tensor parallelism.
         ep_rank, ep_size: the same of expert parallelism.
+        num_experts: experts of a whole layer; needed where `ep_size` is above 1.
+        replicated: names of the engine's modules that every rank of tensor parallelism holds whole,
+            with `*` for any characters; all other projections must be divided.
         fold_scaling: whether B is multiplied by the scaling that the manifest declares, unless the
             sender has done it. Engines that run at scale 1, such as vLLM, need it.
         cast: whether adapters of another floating-point dtype than the slots' are cast.
@@ -77,8 +86,9 @@ class LoraSlotTarget:
             engine knows them, a function or a mapping (names that it lacks stay).
 
     Raises:
-        ArgumentError: the slot, a rank or `max_lora_rank` is out of range.
-        TensorError: a tensor requires grad, overlaps itself, or is on another device.
+        ArgumentError: the slot, a rank or a number is out of range.
+        TensorError: a tensor requires grad, overlaps itself or another one, or is on another
+            device.
     """
 
     fixed_destinations = True
@@ -93,11 +103,15 @@ class LoraSlotTarget:
         tp_size: int = 1,
         ep_rank: int = 0,
         ep_size: int = 1,
+        num_experts: int | None = None,
+        replicated: Sequence[str] = (),
         fold_scaling: bool = True,
         cast: bool = False,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
     ) -> None:
-        self._geometry = LoraGeometry(tp_rank, tp_size, ep_rank, ep_size, max_lora_rank)
+        self._geometry = LoraGeometry(
+            tp_rank, tp_size, ep_rank, ep_size, max_lora_rank, num_experts, replicated
+        )
         memory: dict[str, torch.Tensor] = {}
         shapes: dict[str, SlotShapes] = {}
         for name, slots in modules.items():
@@ -117,6 +131,7 @@ class LoraSlotTarget:
             )
         checked = checked_destinations(memory)
         check_one_device(checked)
+        check_apart(checked)
         self._memory = {name: tensor[slot] for name, tensor in checked.items()}
         self._modules = shapes
         self._slot = slot
@@ -150,8 +165,8 @@ class LoraSlotTarget:
 
         Raises:
             ManifestError: a tensor has no place, comes twice, lacks its other half, has a rank,
-                shape or dtype that doesn't fit, or no scaling, or is a DoRA magnitude; all are
-                listed, up to ten.
+                shape or dtype that doesn't fit, or no scaling, or a module is of a variant of LoRA
+                that slots can't hold, such as DoRA; all are listed, up to ten.
         """
         return self._placements.get(manifest, self._place).parts
 
@@ -166,6 +181,7 @@ class LoraSlotTarget:
             self._geometry,
             LoraAttributes.read(manifest.attributes, fold_scaling=self._fold_scaling),
             rename=self._rename,
+            tied=tied_names(manifest),
         )
         return Placement.of(manifest, layout, self._memory, cast=self._cast)
 

@@ -13,7 +13,7 @@ from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest, dtype_name
 from packedcomm.pieces import box_view, part_of
 
-__all__ = ["Placement", "Placements", "check_one_device"]
+__all__ = ["Placement", "Placements", "check_apart", "check_one_device", "tied_names"]
 
 # Dtypes between which values are cast if the user says so.
 _CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -131,6 +131,49 @@ def check_one_device(memory: Mapping[str, torch.Tensor]) -> None:
                 f"{name!r} is on {tensor.device}, {first[0]!r} on {first[1].device}: "
                 f"a target has one device"
             )
+
+
+def check_apart(memory: Mapping[str, torch.Tensor]) -> None:
+    """Check that no two tensors share memory, as far as addresses tell.
+
+    Strided views that lie between each other's elements, such as columns of one matrix, can be
+    told apart only where one of the two is dense.
+
+    Raises:
+        TensorError: two tensors share memory; the message names both.
+    """
+    spans = []
+    for name, tensor in memory.items():
+        if tensor.numel():
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start, size = tensor.data_ptr(), tensor.element_size()
+            dense = last + 1 == tensor.numel()
+            same = (tensor.dtype, tuple(tensor.shape), tensor.stride())
+            spans.append((start, start + last * size, start + (last + 1) * size, dense, same, name))
+    before: list[tuple[int, int, int, bool, object, str]] = []
+    for span in sorted(spans, key=lambda span: span[:3]):
+        start, last, _, dense, same, name = span
+        before = [earlier for earlier in before if earlier[2] > start]
+        for earlier in before:
+            first, _, _, earlier_dense, earlier_same, owner = earlier
+            identical = start == first and (same == earlier_same or dense or earlier_dense)
+            if identical or earlier_dense or (dense and last >= earlier[1]):
+                raise TensorError(
+                    f"{owner!r} and {name!r} share memory, so one would spoil the other"
+                )
+        before.append(span)
+
+
+def tied_names(manifest: Manifest) -> dict[str, str]:
+    """Names that share the values of a tensor of the manifest, and its name.
+
+    Raises:
+        ManifestError: the attribute `tied` isn't an object of names.
+    """
+    tied = manifest.attributes.get("tied", {})
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise ManifestError('manifest attribute "tied" must be an object of names')
+    return tied
 
 
 def _dtype_problem(sent: str, held: str, cast: bool, scale: float) -> str | None:

@@ -16,9 +16,9 @@ __all__ = ["TensorTarget", "checked_destinations"]
 
 
 def checked_destinations(
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    tensors: torch.nn.Module | Mapping[str, Any] | Iterable[tuple[str, Any]],
 ) -> dict[str, torch.Tensor]:
-    """Named memory that may be written in place.
+    """Named memory that may be written in place; of a module its parameters.
 
     Raises:
         ManifestError: a name is empty or occurs twice.
@@ -27,6 +27,9 @@ def checked_destinations(
             message names it.
     """
     checked: dict[str, torch.Tensor] = {}
+    if isinstance(tensors, torch.nn.Module):
+        # Whoever gives the module means it: no graph is kept from updating weights.
+        tensors = {name: parameter.detach() for name, parameter in tensors.named_parameters()}
     for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
         if type(name) is not str or not name:
             raise ManifestError(f"tensor name must be a non-empty string, got {name!r}")
@@ -52,8 +55,11 @@ class TensorTarget:
     this one prevents that.
 
     Args:
-        tensors: mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
-            views are fine. Two names may have one tensor (tied weights).
+        tensors: a module, whose parameters are meant, as `ModuleSource` sends them by default;
+            or a mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
+            views are fine. Two names may have one tensor (tied weights). What is written is the
+            memory that these have now: if a module's parameter is given other memory later
+            (`.data = ...`, `.to(...)`), make a new target.
         partial: whether a transfer may leave out some of the names; otherwise that is an error.
 
     Raises:
@@ -63,7 +69,10 @@ class TensorTarget:
     fixed_destinations = True
 
     def __init__(
-        self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], *, partial: bool = False
+        self,
+        tensors: torch.nn.Module | Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        partial: bool = False,
     ) -> None:
         self._tensors = checked_destinations(tensors)
         self._partial = partial
@@ -119,7 +128,11 @@ class TensorTarget:
     def _missing(self, sent: set[str]) -> list[str]:
         if self._partial:
             return []
-        return [f"tensor {name!r} is not sent" for name in self._tensors if name not in sent]
+        missing = [f"tensor {name!r} is not sent" for name in self._tensors if name not in sent]
+        if missing:
+            hint = "sources send buffers with buffers=True, and partial=True lets names be left out"
+            missing[-1] += f" ({hint})"
+        return missing
 
     def _shared(self, manifest: Manifest) -> list[str]:
         """Tensors that would be written twice, with different values as far as is known.

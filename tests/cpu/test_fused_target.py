@@ -80,7 +80,8 @@ def test_the_rank_of_nothing_but_padding_gets_zeros():
 
 def test_names_of_one_memory_are_one_destination():
     table = nan(64, 3)
-    target = FusedTarget({"model.embed_tokens.weight": table, "lm_head.weight": table}, PLAIN)
+    geometry = ModelGeometry(2, 2, 2, tied_embeddings=True)
+    target = FusedTarget({"model.embed_tokens.weight": table, "lm_head.weight": table}, geometry)
     for wire in (
         {"model.embed_tokens.weight": counting(64, 3)},
         {"lm_head.weight": counting(64, 3, start=5)},

@@ -127,8 +127,12 @@ def test_an_expert_of_another_rank_fills_nothing_here():
         "experts": SlotShapes(((2, 8, 6), (2, 8, 6), (2, 8, 4)), ((2, 4, 8), (2, 4, 8), (2, 6, 8)))
     }
     tensors = shapes_of("experts.3.up_proj", 2, 6, 4)
-    here = lora_layout(modules, tensors, LoraGeometry(ep_rank=1, ep_size=2), UNSCALED)
-    elsewhere = lora_layout(modules, tensors, LoraGeometry(ep_rank=0, ep_size=2), UNSCALED)
+    here = lora_layout(
+        modules, tensors, LoraGeometry(ep_rank=1, ep_size=2, num_experts=4), UNSCALED
+    )
+    elsewhere = lora_layout(
+        modules, tensors, LoraGeometry(ep_rank=0, ep_size=2, num_experts=4), UNSCALED
+    )
     assert {piece.at for piece in here.pieces} == {(1, 0, 0)}
     assert elsewhere.pieces == ()
 

@@ -254,7 +254,7 @@ def test_adapters_of_all_experts_are_pefts_delta_of_their_weights(tp, ep, togeth
                 f"{MLP}.experts": stacked(*first, (LIMIT, width, hidden, LIMIT), experts=4 // ep)
             }
             target = LoraSlotTarget(
-                modules, 1, tp_rank=tp_rank, tp_size=tp, ep_rank=ep_rank, ep_size=ep
+                modules, 1, tp_rank=tp_rank, tp_size=tp, ep_rank=ep_rank, ep_size=ep, num_experts=4
             )
             deliver(target, wire, declared)
             slots = modules[f"{MLP}.experts"]
@@ -310,7 +310,7 @@ def test_adapters_of_single_experts_go_to_their_experts(block, names):
             shapes = [(LIMIT, 6, 2, LIMIT)] * 2 + [(LIMIT, 2, 6, LIMIT)]
             modules = {f"{MLP}.experts": stacked(*shapes, experts=2)}
             target = LoraSlotTarget(
-                modules, 0, tp_rank=tp_rank, tp_size=2, ep_rank=ep_rank, ep_size=2
+                modules, 0, tp_rank=tp_rank, tp_size=2, ep_rank=ep_rank, ep_size=2, num_experts=4
             )
             deliver(target, wire, attributes(2.0, modules=declared))
             slots = modules[f"{MLP}.experts"]

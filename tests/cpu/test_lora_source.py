@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from packedcomm.errors import ArgumentError, ManifestError
-from packedcomm.sources import Cast, LoraSource, RotaryPermutation
+from packedcomm.sources import Cast, Filter, LoraSource, Rename, RotaryPermutation
 from tests.helpers.source_parts import everything
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
@@ -77,6 +78,8 @@ def check_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
+BLOCK_DIAGONAL = BdLoraConfig(target_modules_bd_b=["q_proj", "v_proj"], nblocks=1)
+
 MODELS = {
     "plain": lambda: adapted(),
     "all linear": lambda: adapted(target_modules="all-linear"),
@@ -100,6 +103,11 @@ MODELS = {
     "experts of Mixtral": lambda: adapted(
         mixtral(), target_parameters=["mlp.experts.down_proj"], target_modules=[]
     ),
+    "kasa": lambda: adapted(kasa_config=peft.KasaConfig()),
+    "block diagonal": lambda: adapted(use_bdlora=BLOCK_DIAGONAL),
+    "monteclora": lambda: adapted(monteclora_config=MontecloraConfig()),
+    "alora": lambda: adapted(alora_invocation_tokens=[1, 2]),
+    "mica": lambda: adapted(init_lora_weights="mica"),
 }
 
 
@@ -285,3 +293,68 @@ def test_an_adapter_of_another_method_is_an_error():
 def test_a_state_dict_is_refused():
     with pytest.raises(ArgumentError, match="expected a PEFT model, got dict"):
         LoraSource(saved(adapted()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("kasa", "kasa"),
+        ("block diagonal", "bdlora"),
+        ("monteclora", "monteclora"),
+        ("alora", "alora"),
+        ("mica", "mica"),
+        ("dora", None),
+        ("plain", None),
+    ],
+)
+def test_variants_of_lora_are_named(kind, variant):
+    modules = LoraSource(MODELS[kind]()).snapshot().manifest.attributes["lora"]["modules"]
+    assert {module.get("variant") for module in modules.values()} == {variant}
+
+
+def test_tensors_of_an_unknown_variant_are_an_error():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_router = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2)})
+    with pytest.raises(ManifestError, match="can't send 'lora_router' of the variant 'unknown'"):
+        LoraSource(model).snapshot()
+
+
+def described(model, *transforms):
+    source = LoraSource(model, transforms=transforms)
+    return source.snapshot().manifest.attributes["lora"]["modules"]
+
+
+def test_modules_are_described_under_the_names_that_their_tensors_are_sent_by():
+    model = adapted(rank_pattern={"v_proj": 5})
+    plain = described(model)
+    renamed = described(model, Rename(lambda name: name.replace("self_attn", "attention")))
+    assert renamed == {n.replace("self_attn", "attention"): found for n, found in plain.items()}
+    assert described(model, Rename(lambda name: name.removeprefix("base_model.model."))) == plain
+
+
+def test_modules_of_which_nothing_is_sent_are_not_described():
+    model = adapted()
+    found = described(model, Filter("*q_proj*"))
+    assert found == {n: value for n, value in described(model).items() if "q_proj" in n}
+    assert len(found) == 2
+
+
+def test_tied_matrices_leave_both_modules_described():
+    model = adapted()
+    first, second = (layer.self_attn for layer in model.base_model.model.model.layers)
+    second.q_proj.lora_A["default"].weight = first.q_proj.lora_A["default"].weight
+    assert described(model) == described(adapted())
+
+
+def test_unlike_modules_under_one_name_are_an_error():
+    model = adapted(rank_pattern={"v_proj": 5})
+
+    def clash(name):
+        return name.replace("q_proj", "v_proj") if name.endswith("lora_A.weight") else name
+
+    source = LoraSource(
+        model, transforms=[Filter(lambda n: "v_proj.lora_A" not in n), Rename(clash)]
+    )
+    with pytest.raises(ManifestError, match=r"alike: module '.*v_proj'"):
+        source.snapshot()

@@ -69,7 +69,7 @@ def test_a_transformers_model_arrives_with_the_names_of_its_state_dict(kind, opt
     if options.get("tie_word_embeddings"):
         assert attributes == {"tied": {"lm_head.weight": "model.embed_tokens.weight"}}
     else:
-        assert source.snapshot().manifest == Manifest.from_tensors(expected)
+        assert source.snapshot().manifest == Manifest.from_tensors(expected, {"tied": {}})
     loaded = transformers_model(kind, **options)
     loaded.load_state_dict(found)
     check_same(loaded.state_dict(), expected)
@@ -250,7 +250,7 @@ def test_untying_changes_the_digest():
     digest = source.snapshot().manifest.digest
     model["head"].weight = nn.Parameter(model["head"].weight.detach().clone())
     assert source.snapshot().manifest.digest != digest
-    assert source.snapshot().manifest == Manifest.from_tensors(model.state_dict())
+    assert source.snapshot().manifest == Manifest.from_tensors(model.state_dict(), {"tied": {}})
 
 
 def test_views_of_the_same_memory_with_other_shapes_are_not_tied():
@@ -259,13 +259,13 @@ def test_views_of_the_same_memory_with_other_shapes_are_not_tied():
     assert found["b"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found["c"].tolist() == [0, 1, 2]
     manifest = ModuleSource({"a": memory, "b": memory.view(2, 3)}).snapshot().manifest
-    assert "tied" not in manifest.attributes
+    assert manifest.attributes["tied"] == {}
 
 
 def test_empty_tensors_are_not_tied_to_each_other():
     manifest = ModuleSource({"a": torch.empty(0), "b": torch.empty(0)}).snapshot().manifest
     assert len(manifest) == 2
-    assert manifest.attributes == {}
+    assert manifest.attributes == {"tied": {}}
 
 
 def test_buffers_are_sent_when_asked_for():

@@ -100,3 +100,11 @@ def test_memory_that_is_gone_is_an_error_until_it_is_back():
             source.snapshot()
     model[0].weight = replaced
     assert len(source.snapshot().manifest) == 2
+
+
+def test_a_parameter_that_is_not_initialised_is_named():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(TensorError, match=r"tensor '0\.weight': is uninitialised"):
+        ModuleSource(model).snapshot()
+    model(torch.ones(1, 2))
+    assert ModuleSource(model).snapshot().manifest.by_name["0.weight"].shape == (3, 2)

@@ -174,3 +174,26 @@ def test_a_degree_must_be_a_positive_integer(name, degree):
     degrees = {"dp_shard_degree": 1, "tp_degree": 1, name: degree}
     with pytest.raises(ArgumentError, match=name):
         ShardedSource({}, **degrees)
+
+
+@pytest.mark.parametrize("tp_dim", [0, 1])
+def test_a_tensor_parallel_rank_may_have_nothing_but_empty_shards(tp_dim):
+    full = torch.arange(4.0).reshape(1, 4) if tp_dim == 0 else torch.arange(4.0).reshape(2, 2)
+    for shards in ([full, torch.empty(0)], [torch.empty(0), full]):
+        source = ShardedSource({"w": shards}, dp_shard_degree=1, tp_degree=2, tp_shard_dim=tp_dim)
+        assert torch.equal(everything(source)["w"], full)
+
+
+def test_shards_of_which_none_tells_the_shape_are_an_error():
+    shards = {"w": [torch.empty(0), torch.ones(2, 2)]}
+    with pytest.raises(LayoutError, match="no shard that tells its shape"):
+        ShardedSource(shards, dp_shard_degree=1, tp_degree=2).snapshot()
+
+
+def test_shards_stacked_in_one_tensor_must_be_listed():
+    stacked = torch.arange(12.0).reshape(2, 3, 2)
+    with pytest.raises(LayoutError, match="tensor 'w': expected a list of shards, got a Tensor"):
+        ShardedSource({"w": stacked}, dp_shard_degree=2, tp_degree=1).snapshot()
+    source = ShardedSource({"w": list(stacked)}, dp_shard_degree=2, tp_degree=1)
+    assert torch.equal(everything(source)["w"], stacked.reshape(6, 2))
+    assert source.snapshot() is source.snapshot()

@@ -10,7 +10,7 @@ from typing import Any
 from packedcomm import Session, Settings, WeightReceiver
 from packedcomm.session import ReceiverSession, SenderSession
 
-QUICK = Settings(connect_timeout_s=20.0, operation_timeout_s=10.0, control_timeout_s=5.0)
+QUICK = Settings(connect_timeout_s=20.0, operation_timeout_s=10.0)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from tests.helpers.scenarios import device_of, empty_like
 from tests.helpers.tensors import digests, odd_tensors
 
 SECRET = "sixteen and more characters"
-SETTINGS = Settings(connect_timeout_s=60.0, operation_timeout_s=30.0, control_timeout_s=30.0)
+SETTINGS = Settings(connect_timeout_s=60.0, operation_timeout_s=30.0)
 
 
 class Meeting:

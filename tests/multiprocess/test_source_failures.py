@@ -33,15 +33,16 @@ def _tensors(world_size):
     }
 
 
-def _failing(monkey, call, error):
-    """Make the n-th shard that this process reads, or the memory it takes, fail."""
+def _failing(monkey, call, error, **counted):
+    """Make the n-th call of a function fail, of those with certain options."""
     real = getattr(*monkey)
     calls = []
 
     def fail(*arguments, **options):
-        calls.append(None)
-        if len(calls) == call:
-            raise error
+        if counted.items() <= options.items():
+            calls.append(None)
+            if len(calls) == call:
+                raise error
         return real(*arguments, **options)
 
     setattr(*monkey, fail)
@@ -110,10 +111,10 @@ def _no_memory(rank, world_size, store):
     restore = []
     error = torch.OutOfMemoryError("full")
     if rank == 0:
-        restore.append(_failing((torch, "empty"), 3, error))
+        restore.append(_failing((torch, "empty"), 3, error, dtype=torch.bfloat16))
     if rank == 1:
         restore.append(_failing((rounds.Gathered, "local"), 2, error))
-        restore.append(_failing((torch, "zeros"), 1, error))
+        restore.append(_failing((torch, "zeros"), 1, error, dtype=torch.bfloat16))
     gathered = source.gather(snapshot)
     found = raised(lambda: list(gathered))[:2]
     for put_back in restore:

@@ -1,0 +1,69 @@
+"""`AdapterTarget`: a received LoRA adapter is written into a live PEFT model, in place."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from packedcomm.copying import Part
+from packedcomm.errors import ManifestError, listed
+from packedcomm.manifest import Manifest
+from packedcomm.targets.tensors import TensorTarget
+
+__all__ = ["AdapterTarget"]
+
+# What PEFT puts before the names of the model that it wraps.
+_PREFIX = "base_model.model."
+
+
+class AdapterTarget(TensorTarget):
+    """The tensors of one adapter of a PEFT model, under the names that PEFT saves.
+
+    The model applies its own scaling (`alpha / r`), which isn't a tensor: a trainer whose adapter
+    is scaled otherwise is refused before data.
+
+    Args:
+        model: a PEFT model.
+        adapter: the adapter's name here; the trainer's may be another.
+
+    Raises:
+        ManifestError: the model has no such adapter.
+        TensorError: as `TensorTarget`.
+    """
+
+    def __init__(self, model: Any, adapter: str = "default") -> None:
+        if adapter not in getattr(model, "peft_config", {}):
+            known = ", ".join(map(repr, getattr(model, "peft_config", {}))) or "none"
+            raise ManifestError(f"the model has no adapter {adapter!r}; it has: {known}")
+        peft = importlib.import_module("peft")
+        tensors: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        )
+        super().__init__({name: tensor.detach() for name, tensor in tensors.items()})
+        self._scalings = {
+            name.removeprefix(_PREFIX): float(layer.scaling[adapter])
+            for name, layer in model.named_modules()
+            if adapter in getattr(layer, "scaling", ())
+        }
+
+    def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
+        """As `TensorTarget.place`.
+
+        Raises:
+            ManifestError: also where the scaling of a module isn't the trainer's, or the trainer
+                has folded it into B.
+        """
+        lora = manifest.attributes.get("lora", {})
+        problems = []
+        if lora.get("scaling_folded"):
+            problems.append("the trainer folds the scaling into B, this model would apply it again")
+        for name, module in lora.get("modules", {}).items():
+            here = self._scalings.get(name)
+            if here is not None and here != module.get("scaling"):
+                problems.append(f"{name!r} is scaled by {module.get('scaling')}, here by {here}")
+        if problems:
+            raise ManifestError(listed(problems))
+        return super().place(manifest)
