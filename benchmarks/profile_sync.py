@@ -54,9 +54,9 @@ _PROFILED = 5
 _TIMED = 9
 _ELEMENTS = 64
 
-# A Python call per tensor would be one call, and about this many microseconds.
+# The calls are the measure. The time is a coarse limit, which a busy machine mustn't reach.
 _MOST_CALLS_PER_TENSOR = 0.02
-_MOST_HOST_US_PER_TENSOR = 1.0
+_MOST_HOST_US_PER_TENSOR = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,23 @@ from packedcomm.layout import Box, Shard
 __all__ = ["ModelGeometry", "experts_of"]
 
 
+RANK_OF_ONE = -1
+"""A rank that wasn't given, which is right only where there is one."""
+
+
+def given_rank(kind: str, rank: int, size: int) -> int:
+    """The rank, 0 if there is only one.
+
+    Raises:
+        LayoutError: there are several and none was given: taking one would serve its slices on all.
+    """
+    if rank == RANK_OF_ONE and type(size) is int:
+        if size > 1:
+            raise LayoutError(f"{kind}_size {size} needs {kind}_rank")
+        return 0
+    return rank
+
+
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
     """Heads, vocabulary and experts of a model, and one rank's place among those that share it.
@@ -41,14 +58,17 @@ class ModelGeometry:
     head_size: int
     vocab_size: int | None = None
     num_experts: int | None = None
-    tp_rank: int = 0
+    tp_rank: int = RANK_OF_ONE
     tp_size: int = 1
-    ep_rank: int = 0
+    ep_rank: int = RANK_OF_ONE
     ep_size: int = 1
     tied_embeddings: bool = False
     replicated: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for kind in ("tp", "ep"):
+            rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
+            object.__setattr__(self, f"{kind}_rank", given_rank(kind, rank, size))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("tied_embeddings", "replicated"):

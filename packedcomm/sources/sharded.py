@@ -39,7 +39,8 @@ class ShardedSource:
         transforms: applied in order; see `packedcomm.sources.transforms`.
 
     Raises:
-        ArgumentError: a degree isn't an integer > 0.
+        ArgumentError: a degree isn't an integer > 0, or nothing says how several tensor-parallel
+            ranks divide the tensors.
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class ShardedSource:
         for name, degree in (("dp_shard_degree", dp_shard_degree), ("tp_degree", tp_degree)):
             if type(degree) is not int or degree <= 0:
                 raise ArgumentError(f"{name} must be an integer > 0, got {degree!r}")
+        if tp_degree > 1 and tp_shard_dim is None and not replicated:
+            raise ArgumentError(
+                f"tp_degree {tp_degree} needs tp_shard_dim, or the names of replicated tensors"
+            )
         self.leader = True
         self._shards = shards
         self._fsdp = dp_shard_degree

@@ -11,6 +11,7 @@ from packedcomm.copying import Part
 from packedcomm.errors import ArgumentError, LayoutError
 from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest
+from packedcomm.planning.geometry import RANK_OF_ONE, given_rank
 from packedcomm.planning.lora_attributes import LoraAttributes
 from packedcomm.planning.lora_layouts import LoraGeometry, lora_layout, slot_parameter
 from packedcomm.planning.lora_names import SlotShapes
@@ -99,9 +100,9 @@ class LoraSlotTarget:
         slot: int,
         *,
         max_lora_rank: int | None = None,
-        tp_rank: int = 0,
+        tp_rank: int = RANK_OF_ONE,
         tp_size: int = 1,
-        ep_rank: int = 0,
+        ep_rank: int = RANK_OF_ONE,
         ep_size: int = 1,
         num_experts: int | None = None,
         replicated: Sequence[str] = (),
@@ -110,8 +111,19 @@ class LoraSlotTarget:
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
     ) -> None:
         self._geometry = LoraGeometry(
-            tp_rank, tp_size, ep_rank, ep_size, max_lora_rank, num_experts, replicated
+            given_rank("tp", tp_rank, tp_size),
+            tp_size,
+            given_rank("ep", ep_rank, ep_size),
+            ep_size,
+            max_lora_rank,
+            num_experts,
+            replicated,
         )
+        for name, given in modules.items():
+            if not isinstance(given, LoraSlots):
+                raise ArgumentError(
+                    f"module {name!r}: expected LoraSlots, got {type(given).__name__}"
+                )
         memory: dict[str, torch.Tensor] = {}
         shapes: dict[str, SlotShapes] = {}
         for name, slots in modules.items():

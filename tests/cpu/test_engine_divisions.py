@@ -8,6 +8,7 @@ import torch
 from packedcomm.errors import LayoutError, ManifestError
 from packedcomm.planning.engine_layouts import ModelGeometry
 from packedcomm.targets.fused import FusedTarget
+from packedcomm.targets.lora_slots import LoraSlotTarget
 from tests.helpers.delivery import counting, deliver
 
 
@@ -50,7 +51,7 @@ def test_halves_of_unlike_sizes_are_an_error():
         wire[f"experts.{expert}.gate_proj.weight"] = counting(4, 3)
         wire[f"experts.{expert}.up_proj.weight"] = counting(2, 3)
     with pytest.raises(ManifestError, match="are halves of 4 and 2 rows"):
-        ranks({"experts.w13_weight": (1, 4, 3)}, wire, 2, num_experts=2, ep_size=2)
+        ranks({"experts.w13_weight": (1, 4, 3)}, wire, 2, num_experts=2, ep_size=2, ep_rank=0)
 
 
 def test_replicated_parameters_are_whole_on_every_rank():
@@ -155,3 +156,13 @@ def test_a_router_is_found_under_both_names_of_its_block(sent, held):
 def test_a_rank_without_experts_needs_none():
     wire = {f"experts.{expert}.down_proj.weight": counting(4, 2) for expert in range(2)}
     ranks({"experts.w2_weight": (0, 4, 2)}, wire, 1, num_experts=2, ep_rank=3, ep_size=4)
+
+
+@pytest.mark.parametrize("kind", ["tp", "ep"])
+def test_one_of_several_ranks_must_be_named(kind):
+    sizes = {f"{kind}_size": 2, "num_experts": 4}
+    with pytest.raises(LayoutError, match=f"{kind}_size 2 needs {kind}_rank"):
+        ModelGeometry(4, 4, 8, **sizes)
+    assert ModelGeometry(4, 4, 8, **sizes, **{f"{kind}_rank": 0}).tp_rank == 0
+    with pytest.raises(LayoutError, match="needs tp_rank"):
+        LoraSlotTarget({}, 0, tp_size=2)

@@ -31,7 +31,9 @@ def test_shards_make_up_the_whole_tensor(fsdp, tp, tp_dim):
     whole = torch.arange(13.0 * 5).reshape(13, 5)
     shards = split(whole, fsdp, tp, tp_dim)
     assert torch.equal(merged(shards, tp, tp_dim), whole)
-    source = ShardedSource({"w": shards}, dp_shard_degree=fsdp, tp_degree=tp, tp_shard_dim=tp_dim)
+    source = ShardedSource(
+        {"w": shards}, dp_shard_degree=fsdp, tp_degree=tp, tp_shard_dim={"w": tp_dim}
+    )
     assert torch.equal(everything(source)["w"], whole)
 
 
@@ -127,7 +129,7 @@ def test_snapshots_are_new_only_when_shards_are():
         ([torch.ones(2, 2)] * 3 + [torch.ones(2)], {}, "differ in more than rows"),
         ([torch.ones(2, 2)] * 3 + [torch.ones(3, 2)], {"tp_shard_dim": 1}, "TP rank 1"),
         ([torch.ones(2)] * 4, {"tp_shard_dim": 1}, "has 1 dimensions, none of them is 1"),
-        ([torch.tensor(1.0)] * 4, {"tp_shard_dim": None}, "no dimensions"),
+        ([torch.tensor(1.0)] * 4, {"tp_shard_dim": {"bad.one": None}}, "no dimensions"),
         ([torch.ones(2)] * 3 + [torch.ones(2).half()], {}, "dtypes torch.float16, torch.float32"),
         ([torch.ones(2)] * 4, {"tp_shard_dim": {}}, "tp_shard_dim doesn't have it"),
         ([torch.ones(2)] * 4, {"shapes": {"bad.one": (9,)}}, r"\(8,\), expected \(9,\).*holes"),
@@ -187,7 +189,7 @@ def test_a_tensor_parallel_rank_may_have_nothing_but_empty_shards(tp_dim):
 def test_shards_of_which_none_tells_the_shape_are_an_error():
     shards = {"w": [torch.empty(0), torch.ones(2, 2)]}
     with pytest.raises(LayoutError, match="no shard that tells its shape"):
-        ShardedSource(shards, dp_shard_degree=1, tp_degree=2).snapshot()
+        ShardedSource(shards, dp_shard_degree=1, tp_degree=2, tp_shard_dim={"w": None}).snapshot()
 
 
 def test_shards_stacked_in_one_tensor_must_be_listed():
@@ -197,3 +199,8 @@ def test_shards_stacked_in_one_tensor_must_be_listed():
     source = ShardedSource({"w": list(stacked)}, dp_shard_degree=2, tp_degree=1)
     assert torch.equal(everything(source)["w"], stacked.reshape(6, 2))
     assert source.snapshot() is source.snapshot()
+
+
+def test_several_tensor_parallel_ranks_without_a_dimension_are_refused():
+    with pytest.raises(ArgumentError, match="tp_degree 2 needs tp_shard_dim"):
+        ShardedSource({"w": [torch.zeros(2)] * 2}, dp_shard_degree=1, tp_degree=2)
