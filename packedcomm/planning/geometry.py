@@ -12,21 +12,15 @@ from packedcomm.layout import Box, Shard
 __all__ = ["ModelGeometry", "experts_of"]
 
 
-RANK_OF_ONE = -1
-"""A rank that wasn't given, which is right only where there is one."""
-
-
-def given_rank(kind: str, rank: int, size: int) -> int:
+def given_rank(kind: str, rank: int | None, size: int) -> int:
     """The rank, 0 if there is only one.
 
     Raises:
         LayoutError: there are several and none was given: taking one would serve its slices on all.
     """
-    if rank == RANK_OF_ONE and type(size) is int:
-        if size > 1:
-            raise LayoutError(f"{kind}_size {size} needs {kind}_rank")
-        return 0
-    return rank
+    if rank is None and type(size) is int and size > 1:
+        raise LayoutError(f"{kind}_size {size} needs {kind}_rank")
+    return 0 if rank is None else rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +33,8 @@ class ModelGeometry:
         head_size: elements of one head.
         vocab_size: rows of the embedding on the wire; None takes what the tensor has.
         num_experts: experts of a whole layer; None if the model has none or they aren't split.
-        tp_rank, tp_size: this rank and the number of ranks of tensor parallelism.
+        tp_rank, tp_size: this rank and the number of ranks of tensor parallelism; the rank must be
+            given where there are several.
         ep_rank, ep_size: the same of expert parallelism; where `ep_size` is above 1 an engine
             holds whole experts, each on one rank.
         tied_embeddings: whether the output projection is the embedding. Then an engine's
@@ -58,9 +53,9 @@ class ModelGeometry:
     head_size: int
     vocab_size: int | None = None
     num_experts: int | None = None
-    tp_rank: int = RANK_OF_ONE
+    tp_rank: int = None  # type: ignore[assignment]  # 0 from __post_init__ on
     tp_size: int = 1
-    ep_rank: int = RANK_OF_ONE
+    ep_rank: int = None  # type: ignore[assignment]  # as above
     ep_size: int = 1
     tied_embeddings: bool = False
     replicated: Sequence[str] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,12 @@ class AdapterTarget(TensorTarget):
             model, adapter_name=adapter, save_embedding_layers=False
         )
         super().__init__({name: tensor.detach() for name, tensor in tensors.items()})
-        self._scalings = {
-            name.removeprefix(_PREFIX): float(layer.scaling[adapter])
-            for name, layer in model.named_modules()
-            if adapter in getattr(layer, "scaling", ())
-        }
+        self._scalings: dict[str, float] = {}
+        for name, layer in model.named_modules():
+            # Attention layers have a `scaling` of their own, a number; PEFT's is by adapter.
+            scaling = getattr(layer, "scaling", None)
+            if isinstance(scaling, Mapping) and adapter in scaling:
+                self._scalings[name.removeprefix(_PREFIX)] = float(scaling[adapter])
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """As `TensorTarget.place`.

@@ -11,7 +11,7 @@ from packedcomm.copying import Part
 from packedcomm.errors import ArgumentError, LayoutError
 from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest
-from packedcomm.planning.geometry import RANK_OF_ONE, given_rank
+from packedcomm.planning.geometry import given_rank
 from packedcomm.planning.lora_attributes import LoraAttributes
 from packedcomm.planning.lora_layouts import LoraGeometry, lora_layout, slot_parameter
 from packedcomm.planning.lora_names import SlotShapes
@@ -100,9 +100,9 @@ class LoraSlotTarget:
         slot: int,
         *,
         max_lora_rank: int | None = None,
-        tp_rank: int = RANK_OF_ONE,
+        tp_rank: int | None = None,
         tp_size: int = 1,
-        ep_rank: int = RANK_OF_ONE,
+        ep_rank: int | None = None,
         ep_size: int = 1,
         num_experts: int | None = None,
         replicated: Sequence[str] = (),

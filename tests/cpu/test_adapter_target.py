@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def model(name="default", **options):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    base[1].scaling = 0.125  # as attention layers have
     adapted = get_peft_model(
         base, LoraConfig(r=2, target_modules=["0", "2"], **options), adapter_name=name
     )

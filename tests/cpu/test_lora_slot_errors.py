@@ -81,7 +81,7 @@ def test_one_pair_for_slices_kept_apart_is_an_error():
 def test_qkv_in_one_slice_cant_be_cut():
     modules = {"m.qkv_proj": stacked((LIMIT, 6, 6, LIMIT))}
     declared = attributes(modules={"m.qkv_proj": 2})
-    text = problems_of(pair("m.qkv_proj", 2, 6, 12), modules, declared, tp_size=2)
+    text = problems_of(pair("m.qkv_proj", 2, 6, 12), modules, declared, tp_rank=0, tp_size=2)
     assert "slices that one pair doesn't fit" in text
     deliver(LoraSlotTarget(modules, 0), pair("m.qkv_proj", 2, 6, 6), declared)
 
