@@ -55,9 +55,9 @@ class StagedTarget:
     current stream: work on that stream sees the old weights or the new ones, never some of each.
 
     Memory: the bytes of all destinations that a transfer writes, each rounded up to 16, once per
-    device, and a table for the copy; for a tensor-parallel rank its own slices only. It is taken at the first
-    transfer, kept for the next one, and grows if a later manifest needs more; `release` frees it.
-    Not thread-safe.
+    device, and a table for the copy; for a tensor-parallel rank its own slices only. It is taken at
+    the first transfer, kept for the next one, and grows if a later manifest needs more; `release`
+    frees it. Not thread-safe.
 
     Args:
         target: where the data goes in the end, a target with fixed destinations.
