@@ -205,11 +205,15 @@ class Leading:
 
     @contextmanager
     def _cancelling(self) -> Iterator[None]:
-        """What fails here ends the sync for every receiver, but not the session."""
+        """What fails here ends the sync for every receiver, but not the session, unless a receiver
+        is lost to it."""
         try:
             yield
         except Exception as error:
             self._session.cancel(error)
+            if self._session.incomplete:
+                # Whoever is left would wait for a sync that can't come.
+                self._session.abort(f"{type(error).__name__}: {error}")
             raise
 
 

@@ -203,6 +203,10 @@ class WeightReceiver:
         return True
 
     def _next(self, timeout_s: float | None) -> Message:
+        if self._following.broken:
+            raise SessionStateError(
+                "receive: a sync failed during the data, which ended the session"
+            )
         try:
             while True:
                 message = self.session.receive(timeout_s)

@@ -241,6 +241,11 @@ class SenderSession(SessionEnd):
             self._say(Cancel(*described(error)))
             self._cancelled = self._number
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a receiver has ended or gone, without which nothing can be sent any more."""
+        return any(self._gone(receiver) is not None for receiver in self._receivers)
+
     def failure(self) -> PackedCommError | None:
         """What a receiver has reported since the last `Cancel`, or None; looks and doesn't wait.
 

@@ -23,7 +23,8 @@ class AdapterTarget(TensorTarget):
     """The tensors of one adapter of a PEFT model, under the names that PEFT saves.
 
     The model applies its own scaling (`alpha / r`), which isn't a tensor: a trainer whose adapter
-    is scaled otherwise is refused before data.
+    is scaled otherwise is refused before data, and so is any while the adapter is merged into the
+    weights here: unmerging would then take off what was never added.
 
     Args:
         model: a PEFT model.
@@ -34,6 +35,9 @@ class AdapterTarget(TensorTarget):
         TensorError: as `TensorTarget`.
     """
 
+    # Asked at every sync, because merging changes no memory of the adapter.
+    fixed_destinations = False
+
     def __init__(self, model: Any, adapter: str = "default") -> None:
         if adapter not in getattr(model, "peft_config", {}):
             known = ", ".join(map(repr, getattr(model, "peft_config", {}))) or "none"
@@ -43,28 +47,34 @@ class AdapterTarget(TensorTarget):
             model, adapter_name=adapter, save_embedding_layers=False
         )
         super().__init__({name: tensor.detach() for name, tensor in tensors.items()})
-        self._scalings: dict[str, float] = {}
+        self._adapter = adapter
+        self._layers: dict[str, Any] = {}
         for name, layer in model.named_modules():
             # Attention layers have a `scaling` of their own, a number; PEFT's is by adapter.
             scaling = getattr(layer, "scaling", None)
             if isinstance(scaling, Mapping) and adapter in scaling:
-                self._scalings[name.removeprefix(_PREFIX)] = float(scaling[adapter])
+                self._layers[name.removeprefix(_PREFIX)] = layer
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """As `TensorTarget.place`.
 
         Raises:
-            ManifestError: also where the scaling of a module isn't the trainer's, or the trainer
-                has folded it into B.
+            ManifestError: also where the scaling of a module isn't the trainer's, the trainer has
+                folded it into B, or a layer has the adapter merged.
         """
         lora = manifest.attributes.get("lora", {})
         problems = []
         if lora.get("scaling_folded"):
             problems.append("the trainer folds the scaling into B, this model would apply it again")
         for name, module in lora.get("modules", {}).items():
-            here = self._scalings.get(name)
-            if here is not None and here != module.get("scaling"):
+            layer = self._layers.get(name)
+            if layer is None:
+                continue
+            here = float(layer.scaling[self._adapter])
+            if here != module.get("scaling"):
                 problems.append(f"{name!r} is scaled by {module.get('scaling')}, here by {here}")
+            if self._adapter in getattr(layer, "merged_adapters", ()):
+                problems.append(f"{name!r} has the adapter merged here: unmerge it first")
         if problems:
             raise ManifestError(listed(problems))
         return super().place(manifest)

@@ -66,7 +66,10 @@ class StagedTarget:
         ArgumentError: it isn't a target; callbacks can't be staged.
     """
 
-    fixed_destinations = True
+    @property
+    def fixed_destinations(self) -> bool:
+        """Whether the inner target's are."""
+        return getattr(self._target, "fixed_destinations", False)
 
     def __init__(self, target: Target) -> None:
         if not isinstance(target, Target):

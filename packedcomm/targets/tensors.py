@@ -57,9 +57,10 @@ class TensorTarget:
     Args:
         tensors: a module, whose parameters are meant, as `ModuleSource` sends them by default;
             or a mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
-            views are fine. Two names may have one tensor (tied weights). What is written is the
-            memory that these have now: if a module's parameter is given other memory later
-            (`.data = ...`, `.to(...)`), make a new target.
+            views are fine. Two names may have one tensor (tied weights). Of a module, memory that
+            its parameters are given later (`.data = ...`, `.to(...)`) is followed; tensors such as
+            `parameter.detach()` are memory of their own account, and a target of them must be made
+            anew.
         partial: whether a transfer may leave out some of the names; otherwise that is an error.
 
     Raises:
@@ -75,12 +76,15 @@ class TensorTarget:
         partial: bool = False,
     ) -> None:
         self._tensors = checked_destinations(tensors)
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        if isinstance(tensors, torch.nn.Module):
+            self._parameters = dict(tensors.named_parameters())
         self._partial = partial
 
     @property
     def memory(self) -> Sequence[torch.Tensor]:
-        """All tensors."""
-        return list(self._tensors.values())
+        """All tensors; of a module the parameters themselves, whose memory may be replaced."""
+        return list((self._parameters or self._tensors).values())
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """The tensor of each name, and those of the names that are tied to it.
@@ -89,6 +93,8 @@ class TensorTarget:
             ManifestError: lists unknown, missing and mismatched tensors, and those that share
                 memory though they are sent apart, up to ten of them.
         """
+        if self._parameters:
+            self._tensors = {name: p.detach() for name, p in self._parameters.items()}
         tied: dict[str, list[str]] = {}
         for name, sent_as in manifest.attributes.get("tied", {}).items():
             if name in self._tensors:

@@ -85,3 +85,28 @@ def test_missing_buffers_are_named_with_what_would_send_them():
 def test_a_module_is_no_callback():
     with pytest.raises(ArgumentError, match=r"TensorTarget\(module\)"):
         WeightReceiver(nn.Linear(1, 1), None)
+
+
+def test_a_merged_adapter_is_refused_until_it_is_unmerged():
+    trainer, server = model(), model()
+    target = AdapterTarget(server)
+    send(trainer, target)
+    server.merge_adapter()
+    with pytest.raises(ManifestError, match="merged here: unmerge it first"):
+        send(trainer, target)
+    server.unmerge_adapter()
+    send(trainer, target)
+    assert not target.fixed_destinations
+
+
+def test_memory_that_a_modules_parameters_get_later_is_followed():
+    trainer, server = nn.Linear(3, 2), nn.Linear(3, 2)
+    manifest = ModuleSource(trainer).snapshot().manifest
+    parameters = {name: p.detach() for name, p in trainer.named_parameters()}
+    target = TensorTarget(server)
+    deliver(target, parameters, manifest.attributes)
+    before = [tensor.data_ptr() for tensor in target.memory]
+    server.weight.data = torch.zeros(2, 3)
+    assert [tensor.data_ptr() for tensor in target.memory] != before
+    deliver(target, parameters, manifest.attributes)
+    assert torch.equal(server.weight, trainer.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packedcomm import TensorTarget
-from tests.helpers import sync_failures, syncs
+from tests.helpers import sync_failures, sync_values, syncs
 from tests.helpers.ranks import run_ranks
 
 TARGETS = {"in place": TensorTarget, "staged": syncs.staged}
@@ -29,11 +29,11 @@ def test_every_version_arrives_bit_exact(make_target, verify):
     [
         syncs.change_statistics,
         syncs.background_receiver,
-        syncs.cast_on_the_way,
-        syncs.tied_weights,
-        syncs.staged_until_commit,
-        syncs.offloaded_source,
-        syncs.rewritten_right_after_the_sync,
+        sync_values.cast_on_the_way,
+        sync_values.tied_weights,
+        sync_values.staged_until_commit,
+        sync_values.offloaded_source,
+        sync_values.rewritten_right_after_the_sync,
         sync_failures.raising_callback,
         sync_failures.raising_source,
         sync_failures.corrupted_destination,

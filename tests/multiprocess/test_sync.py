@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packedcomm import TensorTarget
-from tests.helpers import sync_failures, syncs
+from tests.helpers import sync_failures, sync_values, syncs
 from tests.helpers.ranks import run_ranks
 
 TARGETS = {"in place": TensorTarget, "staged": syncs.staged}
@@ -57,24 +57,24 @@ def test_a_policy_decides_when_weights_are_sent():
 
 
 def test_fp32_weights_travel_and_arrive_as_bfloat16():
-    run_ranks(syncs.cast_on_the_way, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.cast_on_the_way, 2, "gloo", syncs.Meeting(2))
 
 
 def test_a_filtered_sync_says_what_was_left_out():
-    run_ranks(syncs.filtered, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.filtered, 2, "gloo", syncs.Meeting(2))
 
 
 def test_tied_weights_travel_once_and_arrive_under_both_names():
-    run_ranks(syncs.tied_weights, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.tied_weights, 2, "gloo", syncs.Meeting(2))
 
 
 def test_staged_weights_stay_whole_until_the_commit():
-    run_ranks(syncs.staged_until_commit, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.staged_until_commit, 2, "gloo", syncs.Meeting(2))
 
 
 def test_tensors_of_the_host_and_sources_changed_after_the_sync_arrive_right():
-    run_ranks(syncs.offloaded_source, 2, "gloo", syncs.Meeting(2))
-    run_ranks(syncs.rewritten_right_after_the_sync, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.offloaded_source, 2, "gloo", syncs.Meeting(2))
+    run_ranks(sync_values.rewritten_right_after_the_sync, 2, "gloo", syncs.Meeting(2))
 
 
 def test_hostile_launcher_variables_change_nothing():

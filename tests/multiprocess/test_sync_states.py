@@ -26,6 +26,7 @@ from packedcomm.errors import (
     IntegrityError,
     ManifestError,
     PeerLost,
+    RemoteError,
     SessionStateError,
     TensorError,
 )
@@ -370,3 +371,25 @@ def test_a_result_is_a_record_that_can_be_logged_copied_and_sent_on():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert {**result}["version"] == 1
+
+
+def test_a_sync_that_failed_during_the_data_ends_the_session_for_everybody():
+    def raising(version, items):
+        raise ZeroDivisionError("in the callback")
+
+    with sessions(2) as (session, ends):
+        receivers = [
+            WeightReceiver(raising, ends[0]),
+            WeightReceiver(StagedTarget(TensorTarget(weights(0.0))), ends[1]),
+        ]
+        sender = FullWeightSender(weights(1.0), session)
+        first = Round(sender.sync, receivers)
+        assert all(isinstance(e, Exception) for e in (first.sent, *first.received))
+        begin = time.monotonic()
+        for receiver in receivers:
+            with pytest.raises((SessionStateError, RemoteError, PeerLost)):
+                receiver.receive()
+        with pytest.raises(Exception, match="in the callback"):
+            sender.sync()
+        assert time.monotonic() - begin < 5
+        assert receivers[1].status().state == "failed"
