@@ -50,6 +50,9 @@ class CopyPlan:
     ) -> None:
         self._sources = [as_tensor(pair[0]) for pair in pairs]
         self._destinations = [as_destination(pair[1]) for pair in pairs]
+        # In the order in which the table has them.
+        both = zip(self._sources, self._destinations, strict=True)
+        self._tensors = [tensor for pair in both for tensor in pair]
         scales = [pair[2] if len(pair) == 3 else 1.0 for pair in pairs]
         self.device = self._destinations[0].device if pairs else torch.device("cpu")
         self._table = new_table(self.device)
@@ -74,8 +77,7 @@ class CopyPlan:
     def moved(self) -> str | None:
         """Which tensor first is no longer what was planned, such as "source #3": its address,
         dtype, shape, strides or device has changed; None if the plan still holds."""
-        tensors = [t for pair in zip(self._sources, self._destinations, strict=True) for t in pair]
-        index = self._table.first_change(tensors)
+        index = self._table.first_change(self._tensors)
         return None if index < 0 else f"{('source', 'destination')[index % 2]} #{index // 2}"
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from packedcomm.targets.placement import (
     Placements,
     check_apart,
     check_one_device,
+    renaming,
     tied_names,
 )
 from packedcomm.targets.tensors import checked_destinations
@@ -82,12 +83,7 @@ class FusedTarget:
         self._geometry = geometry
         self._partial = partial
         self._cast = cast
-        self._rename: Callable[[str], str] | None
-        if isinstance(rename, Mapping):
-            names = dict(rename)
-            self._rename = lambda name: names.get(name, name)
-        else:
-            self._rename = rename
+        self._rename = renaming(rename)
         self._placements = Placements(self._parameters)
 
     @property

@@ -20,6 +20,7 @@ from packedcomm.targets.placement import (
     Placements,
     check_apart,
     check_one_device,
+    renaming,
     tied_names,
 )
 from packedcomm.targets.tensors import checked_destinations
@@ -149,12 +150,7 @@ class LoraSlotTarget:
         self._slot = slot
         self._fold_scaling = fold_scaling
         self._cast = cast
-        self._rename: Callable[[str], str] | None
-        if isinstance(rename, Mapping):
-            names = dict(rename)
-            self._rename = lambda name: names.get(name, name)
-        else:
-            self._rename = rename
+        self._rename = renaming(rename)
         # The stacked tensors, not their views: these would never notice a replacement.
         self._placements = Placements(checked)
 

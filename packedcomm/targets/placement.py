@@ -13,7 +13,14 @@ from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest, dtype_name
 from packedcomm.pieces import box_view, part_of
 
-__all__ = ["Placement", "Placements", "check_apart", "check_one_device", "tied_names"]
+__all__ = [
+    "Placement",
+    "Placements",
+    "check_apart",
+    "check_one_device",
+    "renaming",
+    "tied_names",
+]
 
 # Dtypes between which values are cast if the user says so.
 _CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -174,6 +181,16 @@ def tied_names(manifest: Manifest) -> dict[str, str]:
     if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
         raise ManifestError('manifest attribute "tied" must be an object of names')
     return tied
+
+
+def renaming(
+    rename: Callable[[str], str] | Mapping[str, str] | None,
+) -> Callable[[str], str] | None:
+    """What changes names on arrival, as a function; names that a mapping lacks stay."""
+    if not isinstance(rename, Mapping):
+        return rename
+    names = dict(rename)
+    return lambda name: names.get(name, name)
 
 
 def _dtype_problem(sent: str, held: str, cast: bool, scale: float) -> str | None:
