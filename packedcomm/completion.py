@@ -23,7 +23,7 @@ _LOOK_S = 0.05
 # Errors of a transport that may be what another rank's failure looks like from here, and how long
 # to wait for that rank's word.
 _MAYBE_CAUSED_ELSEWHERE = (DeadlineExceeded, NcclError, PeerLost, SessionStateError)
-_CAUSE_S = 2.0
+_CAUSE_S = 1.0
 
 
 def wait_for_device(
@@ -61,9 +61,9 @@ def wait_for_device(
             time.sleep(_SLEEP_S)
 
 
-def await_cause(error: Exception, failure: Callable[[], Exception | None]) -> Exception | None:
+def await_cause(error: BaseException, failure: Callable[[], Exception | None]) -> Exception | None:
     """What another rank says is behind a failure of the transport, if that can be and it says so
-    within two seconds."""
+    within a second."""
     deadline = time.monotonic() + _CAUSE_S
     while isinstance(error, _MAYBE_CAUSED_ELSEWHERE) and time.monotonic() < deadline:
         cause = failure()

@@ -11,7 +11,7 @@ import torch
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.digests import DigestPlan
 from packedcomm.endpoints import Target
-from packedcomm.errors import ArgumentError, PeerLost, ProtocolError
+from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
@@ -21,7 +21,6 @@ from packedcomm.session.messages import (
     Cancel,
     Close,
     Commit,
-    Moved,
     NeedManifest,
     Offer,
     Proceed,
@@ -30,6 +29,7 @@ from packedcomm.session.messages import (
     Staged,
 )
 from packedcomm.session.remote_errors import remote_error
+from packedcomm.session.states import SyncState
 from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.receiving import Receiving, TargetPlan
@@ -37,7 +37,7 @@ from packedcomm.transports.slots import PIPELINES
 from packedcomm.verification import (
     ChangeCount,
     change_statistics,
-    compare,
+    packed_digests,
     regions_of,
     whole_regions,
 )
@@ -96,6 +96,18 @@ class ShownDigests:
         return torch.tensor([found[spec.name] for spec in manifest.specs], dtype=torch.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A sync that a receiver has voted for, and of which it doesn't know what was decided."""
+
+    epoch: str
+    number: int
+    version: int
+    manifest: Manifest
+    staged: bool
+    """Whether a target holds it, and not a callback."""
+
+
 class Following:
     """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
 
@@ -111,8 +123,7 @@ class Following:
         self._held: dict[str, Held] = {}
         self._changes = ChangeCount()
         self._torn: set[str] = set()
-        self.broken = False
-        """Whether the transport has failed, so that there can't be another sync."""
+        self._doubt: Doubt | None = None
         self.cancelled = False
         """Whether the last failure was the sender's, who needn't be told then."""
 
@@ -122,24 +133,76 @@ class Following:
         sync has written whole."""
         return bool(self._torn)
 
-    def receive(self, offer: Offer, enter: Callable[[str], None]) -> Update:
+    def attach(self, session: ReceiverSession) -> int | None:
+        """Go on in another session.
+
+        Returns:
+            The version of a sync that this receiver had voted for when it lost the sender, if the
+            sender says now that it was committed: it is then committed here too.
+        """
+        doubt, self._doubt = self._doubt, None
+        self._session = session
+        self._held.clear()
+        if doubt is None or (session.epoch, session.decided) != (doubt.epoch, doubt.number):
+            return None
+        self._commit(doubt.manifest, staged=doubt.staged)
+        return doubt.version
+
+    def receive(self, offer: Offer) -> Update:
         """Take part in the sync that is offered, up to its commit.
 
         Args:
             offer: what the sender has just sent.
-            enter: told the states that this goes through.
         """
         session = self._session
         self.cancelled = False
+        self._doubt = None
+        try:
+            return self._receive(offer)
+        except BaseException as error:
+            cause = self._cause(error)
+            session.record_failure(cause or error)
+            if not self.cancelled:
+                session.fail(cause or error)
+            try:
+                if session.state is SyncState.MOVING:
+                    # Not used again: only the sender knows whether every rank has come to its end.
+                    session.drop_communicator(f"{type(error).__name__}: {error}")
+            except ContextLost as lost:
+                session.fail(lost, ended=True)
+                raise lost from error
+            finally:
+                if self.torn:
+                    session.phases.tear()
+                else:
+                    session.phases.rest()
+            if cause is not None and cause is not error:
+                raise cause from cause.__cause__ or error
+            raise
+
+    def _cause(self, error: BaseException) -> Exception | None:
+        """What another rank says is behind a failure of the transfer."""
+        session = self._session
+        if session.state is not SyncState.MOVING:
+            return None
+        cause = await_cause(error, session.failure)
+        if cause is not None and cause is not session.phases.interruption:
+            self.cancelled = True
+        return cause
+
+    def _receive(self, offer: Offer) -> Update:
+        session = self._session
         seconds: dict[str, float] = {}
         with measured(seconds, "agree"):
             manifest, offer = self._manifest(offer)
         target = self._target
         shown = None
+        staged = isinstance(target, StagedTarget)
+        verify = offer.verify == "always" or (offer.verify == "staged" and staged)
         if not isinstance(target, Target):
             target = shown = ShownDigests(offer.version, target)
-            shown.digesting = offer.verify
-        if offer.statistics and not isinstance(target, StagedTarget):
+            shown.digesting = verify
+        if offer.statistics and not staged:
             raise ArgumentError(
                 "change statistics need the old weights beside the new ones: use a StagedTarget"
             )
@@ -147,41 +210,35 @@ class Following:
         def note(event: ChunkMoved | TransferFinished) -> None:
             if isinstance(event, TransferFinished):
                 seconds.update({k: v for k, v in event.seconds.items() if k != "total"})
+            else:
+                session.chunk += 1
 
-        cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
+        cut = chunk_rule(session.wire_format, offer.buffer_size_bytes)
         group = session.communicator
         with PIPELINES.borrow(group, session.device, session.settings.num_buffers) as pipeline:
             receiving = Receiving(pipeline, group, 0, cut, target, note, self._wait)
             with measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
                 known = offer.regions_known and self._known(manifest, plan)
-                new = offer.verify and not known
-                ready = Ready(self._hold(manifest, plan) if new else None)
+                new = verify and not known
+                ready = Ready(verify, self._hold(manifest, plan) if new else None)
                 session.reply(ready)
-                while isinstance(again := self._expect(Proceed, Offer), Offer):
+                while isinstance(again := self._expect("agree", 0, Proceed, Offer), Offer):
                     # Another receiver needed the manifest, so all are asked once more.
                     if again.digest != offer.digest:
                         raise ProtocolError("the sender offers something else meanwhile")
                     session.reply(ready)
-            enter("receiving")
-            in_place = shown is None and not isinstance(target, StagedTarget)
-            self._move(receiving, manifest, in_place=in_place)
-        return self._finish(offer, manifest, target, shown, seconds, enter)
-
-    def _move(self, receiving: Receiving, manifest: Manifest, *, in_place: bool) -> None:
-        if in_place:
-            # Old weights are overwritten from here on.
-            self._torn.update(manifest.by_name)
-        try:
-            with abort_on_failure(self._session.communicator, "sync"):
+            session.phases.enter(SyncState.AGREED)
+            allowed = session.settings.move_seconds(manifest.nbytes)
+            session.chunk = 0
+            session.phases.enter(SyncState.MOVING, allowed)
+            group.set_timeout(allowed)
+            if shown is None and not staged:
+                # Old weights are overwritten from here on.
+                self._torn.update(manifest.by_name)
+            with abort_on_failure(group, "sync"):
                 receiving.run(manifest)
-        except Exception as error:
-            self.broken = True
-            cause = await_cause(error, self._session.failure)
-            if cause is not None:
-                self.cancelled = True
-                raise cause from cause.__cause__
-            raise
+        return self._finish(offer, manifest, target, shown, verify, seconds)
 
     def _finish(
         self,
@@ -189,51 +246,59 @@ class Following:
         manifest: Manifest,
         target: Any,
         shown: ShownDigests | None,
+        verify: bool,
         seconds: dict[str, float],
-        enter: Callable[[str], None],
     ) -> Update:
         session = self._session
-        changed: int | None = None
         with measured(seconds, "verify"):
-            digests = self._digests(manifest, shown) if offer.verify else None
-            moved = self._expect(Moved)
-            regions: tuple[Region, ...] = ()
-            if digests is not None:
-                regions = self._held[manifest.digest].regions
-                compare(manifest, regions, moved.digests, digests)
+            digests = self._digests(manifest, shown) if verify else None
             changes: dict[str, ChangeStatistics] = {}
             if offer.statistics:
                 changes = change_statistics(target.staged_pairs(manifest))
-        enter("staged")
-        session.reply(Staged(dict(seconds), changes))
-        decided = self._expect(Commit)
+        session.phases.enter(SyncState.STAGED)
+        packed = b"" if digests is None else packed_digests(digests)
+        session.reply(Staged(dict(seconds), packed, changes))
+        with measured(seconds, "commit"):
+            staged = shown is None
+            self._await_decision(offer, manifest, staged=staged)
+            self._commit(manifest, staged=staged)
+        changed: int | None = None
+        if digests is not None:
+            regions = self._held[manifest.digest].regions
+            changed = self._changes.count(manifest, digests, regions)
+        return Update(
+            offer.version, len(manifest), manifest.nbytes, seconds, verify, changed, changes
+        )
+
+    def _await_decision(self, offer: Offer, manifest: Manifest, *, staged: bool) -> None:
+        """Until the sender says Commit. Whoever loses it here, having voted, can't know what it has
+        decided."""
+        self._doubt = Doubt(self._session.epoch, offer.number, offer.version, manifest, staged)
+        decided = self._expect("commit", manifest.nbytes, Commit)
+        self._doubt = None
         if decided.version != offer.version:
             raise ProtocolError(
                 f"the sender commits version {decided.version}, offered was {offer.version}"
             )
-        with measured(seconds, "commit"):
-            if shown is None:
-                self._torn.update(manifest.by_name)
-                target.commit(manifest)
-            self._wait()
-            self._torn.difference_update(manifest.by_name)
-        if digests is not None:
-            changed = self._changes.count(manifest, digests, regions)
-        return Update(
-            offer.version,
-            len(manifest),
-            manifest.nbytes,
-            seconds,
-            offer.verify,
-            changed,
-            changes,
-        )
+
+    def _commit(self, manifest: Manifest, *, staged: bool) -> None:
+        """Make what was received the weights.
+
+        Args:
+            manifest: of what was received.
+            staged: whether there is a target to tell; a callback has had everything already.
+        """
+        if staged:
+            self._torn.update(manifest.by_name)
+            self._target.commit(manifest)
+        self._wait()
+        self._torn.difference_update(manifest.by_name)
 
     def _manifest(self, offer: Offer) -> tuple[Manifest, Offer]:
         known = self._manifests.get(offer.digest)
         if known is None and not offer.manifest:
             self._session.reply(NeedManifest())
-            offer = self._expect(Offer)
+            offer = self._expect("agree", 0, Offer)
         if known is None:
             known = Manifest.from_json(offer.manifest)
             if known.digest != offer.digest:
@@ -268,13 +333,26 @@ class Following:
         assert memory is not None
         return memory.run().cpu()
 
-    def _expect(self, *kinds: type[Any]) -> Any:
-        message = self._session.receive(self._session.settings.operation_timeout_s)
+    def _expect(self, stage: str, nbytes: int, *kinds: type[Any]) -> Any:
+        """The sender's next message.
+
+        Args:
+            stage: what it belongs to, "agree" or "commit", which has a deadline.
+            nbytes: of the sync; other receivers may still be receiving them.
+            kinds: what is expected.
+        """
+        settings = self._session.settings
+        if stage == "agree":
+            allowed = settings.agree_timeout_s
+        else:
+            allowed = settings.move_seconds(nbytes) + settings.commit_seconds(nbytes)
+        message = self._session.receive(allowed)
         if isinstance(message, Cancel):
             self.cancelled = True
+            self._doubt = None
             raise remote_error(message, "cancelled by the sender")
         if isinstance(message, Close):
-            self.cancelled = self.broken = True
+            self.cancelled = True
             raise PeerLost(f"the sender has left the session: {message.reason}")
         if not isinstance(message, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
@@ -283,6 +361,8 @@ class Following:
 
     def _wait(self) -> None:
         session = self._session
-        wait_for_device(
-            session.device, session.settings.operation_timeout_s, session.failure, "sync"
-        )
+        phase = session.phases.present
+        allowed = session.settings.commit_timeout_s
+        if phase.state is SyncState.MOVING:
+            allowed = max(0.1, phase.remaining)
+        wait_for_device(session.device, allowed, session.failure, "sync")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.copying import Part
-from packedcomm.errors import ProtocolError
+from packedcomm.errors import PackedCommError, ProtocolError, SessionStateError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
@@ -20,7 +21,6 @@ from packedcomm.session import SenderSession
 from packedcomm.session.messages import (
     Commit,
     Committed,
-    Moved,
     NeedManifest,
     NoChange,
     Offer,
@@ -28,12 +28,15 @@ from packedcomm.session.messages import (
     Ready,
     Region,
     Staged,
+    Verify,
 )
+from packedcomm.session.remote_errors import combined
+from packedcomm.session.states import SyncState
 from packedcomm.sources import Snapshot
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.chunk_plans import Entry, entry_of
 from packedcomm.transports.sending import Sending
-from packedcomm.verification import RegionDigests, packed_digests, whole_regions
+from packedcomm.verification import RegionDigests, compare, packed_digests, whole_regions
 
 __all__ = ["Leading"]
 
@@ -49,6 +52,7 @@ class Digests:
         for region in (*whole_regions(manifest), *(r for regions in held for r in regions)):
             numbers.setdefault(region, len(numbers))
         self.computed = RegionDigests(manifest, list(numbers))
+        self._manifest = manifest
         self.tensors = len(manifest)
         self._by_receiver = [
             torch.tensor([numbers[region] for region in regions], dtype=torch.int64)
@@ -57,9 +61,17 @@ class Digests:
         self.held = held
         self.entries: list[Entry] | None = None
 
-    def for_receivers(self, digests: torch.Tensor) -> list[Moved]:
-        """The message to each receiver: the digests of its regions."""
-        return [Moved(packed_digests(digests[numbers])) for numbers in self._by_receiver]
+    def compare(self, digests: torch.Tensor, votes: Sequence[Staged]) -> None:
+        """Raise `IntegrityError` unless every receiver holds what was sent."""
+        failures: dict[int, PackedCommError] = {}
+        rows = zip(self._by_receiver, self.held, votes, strict=True)
+        for rank, (numbers, regions, vote) in enumerate(rows, 1):
+            try:
+                compare(self._manifest, regions, packed_digests(digests[numbers]), vote.digests)
+            except PackedCommError as error:
+                failures[rank] = type(error)(f"receiver rank {rank}: {error}")
+        if failures:
+            raise combined(failures)
 
 
 class Leading:
@@ -67,49 +79,74 @@ class Leading:
 
     Args:
         session: the session.
-        verify: whether digests are compared.
+        verify: which receivers' digests are compared.
         statistics: whether receivers report change statistics.
     """
 
-    def __init__(self, session: SenderSession, verify: bool, statistics: bool) -> None:
+    def __init__(self, session: SenderSession, verify: Verify, statistics: bool) -> None:
         self._session = session
         self._verify = verify
         self._statistics = statistics
+        self._generation = 0
         self._held: dict[str, list[tuple[Region, ...]]] = {}
         self._agreed: dict[str, None] = {}
         self._digests: weakref.WeakKeyDictionary[Snapshot, Digests] = weakref.WeakKeyDictionary()
-        self._votes: list[Staged] = []
         self._digest_plan: Digests | None = None
+        self._votes: list[Staged] = []
+        self._number = 0
+        self._nbytes = 0
+        self.verified = False
+        """Whether every receiver's digests were compared in the last sync."""
+
+    def assemble(self, seconds: dict[str, float]) -> None:
+        """Have a communicator of exactly the receivers that are there."""
+        begin = time.perf_counter()
+        before = self._session.generation
+        self._session.wait()
+        if self._session.generation != before:
+            seconds["connect"] = time.perf_counter() - begin
 
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest; then let them proceed."""
-        with measured(seconds, "agree"), self._cancelling():
+        session = self._session
+        with measured(seconds, "agree"), self._failing(transport_too=False):
             manifest = snapshot.manifest
             digest = manifest.digest
+            if self._generation != session.generation:
+                # Somebody has come or gone, so ranks and what is held at them are others.
+                self._generation = session.generation
+                self._held.clear()
+                self._agreed.clear()
             text = "" if digest in self._agreed else manifest.to_json()
+            self._number = session.next_sync()
+            self._nbytes = manifest.nbytes
             replies = self._offer(version, digest, text)
             if any(isinstance(reply, NeedManifest) for reply in replies):
                 replies = self._offer(version, digest, manifest.to_json())
-            self._remember(digest, replies)
-            if self._verify:
-                self._digest_plan = self._digests.get(snapshot)
-                if self._digest_plan is None or self._digest_plan.held is not self._held[digest]:
-                    self._digest_plan = Digests(manifest, self._held[digest])
-                    self._digests[snapshot] = self._digest_plan
-            self._session.tell(Proceed(version))
+            self._remember(digest, _all_of(Ready, replies))
+            self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
+            session.phases.enter(SyncState.AGREED)
+            session.tell(Proceed(version))
 
     def _offer(self, version: int, digest: str, text: str) -> Sequence[Any]:
-        known = digest in self._held
-        offer = Offer(version, digest, text, self._verify, self._statistics, known)
+        offer = Offer(
+            version,
+            digest,
+            text,
+            number=self._number,
+            buffer_size_bytes=self._session.buffer_size_bytes,
+            verify=self._verify,
+            statistics=self._statistics,
+            regions_known=digest in self._held,
+        )
         # A receiver that has just been given the manifest can't need it again.
-        expected = (Ready,) if text else (Ready, NeedManifest)
-        return self._session.ask(offer, expected)
+        return self._session.ask(offer, (Ready,) if text else (Ready, NeedManifest))
 
-    def _remember(self, digest: str, replies: Sequence[Any]) -> None:
+    def _remember(self, digest: str, replies: Sequence[Ready]) -> None:
+        verifying = [reply.verifies for reply in replies]
+        self.verified = all(verifying)
         held = self._held.get(digest) or [()] * len(replies)
         for rank, reply in enumerate(replies):
-            if not isinstance(reply, Ready):
-                raise ProtocolError(f"receiver rank {rank + 1} answered an offer with {reply!r}")
             if reply.regions is not None:
                 # Another list, by which whatever was made of the old one is known to be old.
                 held = [*held[:rank], reply.regions, *held[rank + 1 :]]
@@ -118,23 +155,36 @@ class Leading:
             del self._agreed[oldest]
             self._held.pop(oldest, None)
         self._agreed[digest] = None
-        if self._verify:
+        if any(verifying):
             self._held[digest] = held
+
+    def _planned_digests(self, snapshot: Snapshot) -> Digests:
+        held = self._held[snapshot.manifest.digest]
+        found = self._digests.get(snapshot)
+        if found is None or found.held is not held:
+            found = self._digests[snapshot] = Digests(snapshot.manifest, held)
+        return found
 
     def move(
         self, snapshot: Snapshot, gathered: Iterator[Sequence[Part]], seconds: dict[str, float]
     ) -> None:
         """Send the data; returns when this side's part is done."""
         session = self._session
-        digests = self._digest_plan if self._verify else None
+        digests = self._digest_plan
         inspect = digests.computed.inspect if digests and snapshot.parts is None else None
         cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
+        session.chunk = 0
 
         def note(event: ChunkMoved | TransferFinished) -> None:
             if isinstance(event, TransferFinished):
                 seconds.update({k: v for k, v in event.seconds.items() if k != "total"})
+            else:
+                session.chunk += 1
 
-        try:
+        with self._failing():
+            allowed = session.settings.move_seconds(self._nbytes)
+            session.phases.enter(SyncState.MOVING, allowed)
+            session.communicator.set_timeout(allowed)
             with abort_on_failure(session.communicator, "sync"):
                 Sending(session.communicator, 0, cut, inspect, self._wait).run_parts(
                     snapshot.manifest,
@@ -144,17 +194,9 @@ class Leading:
                     note,
                     keep_for=None if snapshot.parts is None else snapshot,
                 )
-        except Exception as error:
-            cause = await_cause(error, self._session.failure)
-            # Receivers that were waiting learn why, and nobody uses what is left of the transport.
-            self._session.cancel(cause or error)
-            self._session.abort(f"{type(error).__name__}: {error}")
-            if cause is not None:
-                raise cause from cause.__cause__
-            raise
-        if digests is not None:
-            with measured(seconds, "verify"), self._cancelling():
-                self._finish_digests(snapshot, digests)
+            if digests is not None:
+                with measured(seconds, "verify"):
+                    self._finish_digests(snapshot, digests)
 
     def _finish_digests(self, snapshot: Snapshot, digests: Digests) -> None:
         if snapshot.parts is not None:
@@ -166,54 +208,74 @@ class Leading:
             digests.computed.run_kept(range(digests.tensors), digests.entries)
 
     def verify(self, seconds: dict[str, float]) -> torch.Tensor | None:
-        """Have every receiver say that it holds everything; returns each tensor's digest."""
-        with measured(seconds, "verify"), self._cancelling():
-            found: torch.Tensor | None = None
-            messages = [Moved()] * (self._session.world_size - 1)
-            digests = self._digest_plan
-            if self._verify and digests is not None:
-                found = digests.computed.take()
-                messages = digests.for_receivers(found)
-            self._votes = _all_of(Staged, self._session.ask(messages, Staged))
+        """Have every receiver's vote that it holds everything, and compare digests; returns each
+        tensor's digest."""
+        session = self._session
+        with measured(seconds, "verify"):
+            with self._failing():
+                remaining = max(0.1, session.phases.present.remaining)
+                self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
+                session.phases.enter(SyncState.STAGED)
             for vote in self._votes:
                 for stage, spent in vote.seconds.items():
                     # The slowest receiver's; of stages that the sender has too, the sender's.
                     if stage == "unpack":
                         seconds[stage] = max(seconds.get(stage, 0.0), spent)
-            return None if found is None or digests is None else found[: digests.tensors]
+            digests = self._digest_plan
+            if digests is None:
+                return None
+            with self._failing(transport_too=False):
+                found = digests.computed.take()
+                digests.compare(found, self._votes)
+                return found[: digests.tensors]
 
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
-        with measured(seconds, "commit"), self._cancelling():
-            for reply in _all_of(Committed, self._session.ask(Commit(version), Committed)):
+        session = self._session
+        with measured(seconds, "commit"), self._failing(transport_too=False):
+            if (failed := session.failure()) is not None:
+                raise failed
+            # From here on it is decided: a receiver that is lost now learns it when it comes back.
+            session.decided = self._number
+            session.tell(Commit(version))
+            allowed = session.settings.commit_seconds(self._nbytes)
+            for reply in _all_of(Committed, session.answers(Committed, "Commit", allowed)):
                 if reply.version != version:
                     raise ProtocolError(
                         f"a receiver committed version {reply.version}, expected {version}"
                     )
+            session.phases.enter(SyncState.COMMITTED)
+            session.committed_generation = session.generation
         return combined_changes([vote.changes for vote in self._votes])
 
     def announce_no_change(self, version: int, since: int) -> None:
         """Let every receiver show a version without data, of the weights of version `since`."""
-        with self._cancelling():
+        self._session.wait()
+        if self._session.generation != self._session.committed_generation:
+            raise SessionStateError("no_change: receivers have come or gone since the last sync")
+        with self._failing(transport_too=False):
             self._session.ask(NoChange(version, since), Committed)
 
     def _wait(self) -> None:
         session = self._session
-        wait_for_device(
-            session.device, session.settings.operation_timeout_s, session.failure, "sync"
-        )
+        remaining = max(0.1, session.phases.present.remaining)
+        wait_for_device(session.device, remaining, session.failure, "sync")
 
     @contextmanager
-    def _cancelling(self) -> Iterator[None]:
-        """What fails here ends the sync for every receiver, but not the session, unless a receiver
-        is lost to it."""
+    def _failing(self, *, transport_too: bool = True) -> Iterator[None]:
+        """What fails here ends the sync for every receiver, but not the session.
+
+        Args:
+            transport_too: whether the communicator can't be used again.
+        """
+        session = self._session
         try:
             yield
-        except Exception as error:
-            self._session.cancel(error)
-            if self._session.incomplete:
-                # Whoever is left would wait for a sync that can't come.
-                self._session.abort(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            cause = await_cause(error, session.failure) if transport_too else None
+            session.fail_sync(cause or error, transport_too=transport_too)
+            if cause is not None and cause is not error:
+                raise cause from cause.__cause__ or error
             raise
 
 

@@ -13,6 +13,7 @@ import torch
 from packedcomm.endpoints import Target
 from packedcomm.errors import (
     ArgumentError,
+    ContextLost,
     DeadlineExceeded,
     PackedCommError,
     PeerLost,
@@ -24,6 +25,7 @@ from packedcomm.following import Following, Update
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
 from packedcomm.session.messages import Close, Committed, Message, NoChange, Offer
+from packedcomm.session.states import AT_END, AT_REST, SyncState
 
 __all__ = ["OnWeights", "WeightReceiver"]
 
@@ -62,7 +64,7 @@ class WeightReceiver:
         self.session = session
         self._following = Following(target, session)
         self._lock = threading.Lock()
-        self._state = "idle"
+        self._end: SyncState | None = None
         self._version: int | None = None
         self._update_count = 0
         self._last_update_time: float | None = None
@@ -89,21 +91,57 @@ class WeightReceiver:
             IntegrityError: what arrived isn't what was sent; nothing was committed.
             RemoteError: the sender or another receiver failed; an error of one of packedcomm's
                 classes is raised as that class.
-            PeerLost, NcclError, CapacityError: the transfer failed, and with it the session.
+            PeerLost, NcclError, CapacityError, ...: the transfer failed. The session goes on unless
+                it was the sender that was lost (`session.lasts`).
+            ContextLost: this process must restart.
             SessionStateError: the receiver is closed, or runs in a thread.
         """
         if self._thread is not None:
             raise SessionStateError("receive: a thread of this receiver is receiving already")
-        with self._lock:
-            if self._state == "closed":
-                raise SessionStateError("receive: the receiver is closed")
+        if self._end is SyncState.CLOSED:
+            raise SessionStateError("receive: the receiver is closed")
         return self._take(self._next(timeout_s))
+
+    def reconnect(self, session: ReceiverSession) -> int | None:
+        """Go on in a new session, after the sender was lost or has restarted; ends the old one.
+
+        Target, version and torn weights stay what they are. If this receiver had voted for a sync
+        and lost the sender before it heard the decision, it learns it now, provided that the sender
+        is still the same one (by its epoch): a staged sync is then committed, weights that were
+        written in place are no longer torn.
+
+        Args:
+            session: from `Session.connect`.
+
+        Returns:
+            The version that was committed by this; else None.
+
+        Raises:
+            SessionStateError: a thread of this receiver is still receiving.
+        """
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            raise SessionStateError("reconnect: a thread of this receiver is receiving")
+        self.session.close()
+        self.session = session
+        decided = self._following.attach(session)
+        with self._lock:
+            self._thread = None
+            self._ending.clear()
+            self._end = self._error = None
+        if decided is not None:
+            self._note(decided)
+        elif self._following.torn:
+            session.phases.enter(SyncState.TORN)
+        elif self._version is not None:
+            session.phases.enter(SyncState.COMMITTED)
+        return decided
 
     def start(self, on_update: Callable[[int], Any] | None = None) -> None:
         """Receive in a background thread until the sender closes the session.
 
-        A sync that fails before it has written anything is logged, shown by `status()` until the
-        next commit, and told to the sender; the thread goes on. Other errors end it, too.
+        A sync that fails is logged, shown by `status()` until the next commit, and told to the
+        sender; the thread goes on for as long as the session does. Other errors end it.
 
         Args:
             on_update: called there with the version after each commit. What it raises ends the
@@ -113,8 +151,8 @@ class WeightReceiver:
             SessionStateError: it was started already, or is closed.
         """
         with self._lock:
-            if self._thread is not None or self._state in ("closed", "failed"):
-                raise SessionStateError(f"start: the receiver is {self._state} or was started")
+            if self._thread is not None or self._end is not None:
+                raise SessionStateError(f"start: the receiver is {self._end} or was started")
             self._thread = threading.Thread(
                 target=self._run, args=(on_update,), name="packedcomm-receiver", daemon=True
             )
@@ -123,12 +161,15 @@ class WeightReceiver:
     def status(self) -> ReceiverStatus:
         """The receiver at this moment. Any thread may ask."""
         with self._lock:
+            state = self._end or self.session.state
+            torn = self._following.torn and state in AT_REST | AT_END
             return ReceiverStatus(
-                self._state,
-                self._version,
-                self._update_count,
-                self._last_update_time,
-                self._error,
+                state=str(SyncState.TORN if torn else state),
+                version=None if torn else self._version,
+                epoch=self.session.epoch,
+                update_count=self._update_count,
+                last_update_time=self._last_update_time,
+                error=self._error,
             )
 
     def close(self) -> None:
@@ -146,8 +187,7 @@ class WeightReceiver:
                 thread.join(self.session.settings.close_timeout_s)
         self.session.close()
         with self._lock:
-            if self._state not in ("failed", "torn"):
-                self._state = "closed"
+            self._end = self._end or SyncState.CLOSED
             error, told = self._error, self._told
             self._told = True
         if error is not None and not told:
@@ -164,11 +204,7 @@ class WeightReceiver:
             if self.session.device.type == "cuda":
                 torch.cuda.set_device(self.session.device)
             while not self._ending.is_set():
-                try:
-                    message = self._next(_LOOK_S)
-                except DeadlineExceeded:
-                    continue
-                if not self._take_in_background(message, on_update):
+                if not self._take_in_background(on_update):
                     return
         except BaseException as error:
             if self._ending.is_set() and isinstance(error, (PeerLost, SessionStateError)):
@@ -177,23 +213,26 @@ class WeightReceiver:
             with self._lock:
                 self._error = error
                 self._told = False
-                if self._state != "torn":
-                    self._state = "failed"
+                self._end = SyncState.FAILED
             # Nobody receives any more: the sender must know before its next sync.
             self.session.fail(error, ended=True)
 
-    def _take_in_background(self, message: Message, on_update: Callable[[int], Any] | None) -> bool:
-        """Act on a message; a sync that failed without harm doesn't end the thread."""
+    def _take_in_background(self, on_update: Callable[[int], Any] | None) -> bool:
+        """Wait a little for a message and act on it; whether the thread goes on. A sync that fails
+        doesn't end it while the session lasts."""
         try:
+            message = self._next(_LOOK_S)
             result = self._take(message)
+        except ContextLost:
+            raise
         except PackedCommError as error:
-            with self._lock:
-                harmless = self._state not in ("failed", "torn")
-                if harmless:
-                    self._error = error
-                    self._told = False
-            if not harmless:
+            if not self.session.lasts:
                 raise
+            if isinstance(error, DeadlineExceeded) and self.session.silent is None:
+                return True  # nothing came
+            with self._lock:
+                self._error = error
+                self._told = False
             logger.warning("a sync failed, the receiver goes on: %s", error)
             return True
         if result is None:
@@ -203,10 +242,6 @@ class WeightReceiver:
         return True
 
     def _next(self, timeout_s: float | None) -> Message:
-        if self._following.broken:
-            raise SessionStateError(
-                "receive: a sync failed during the data, which ended the session"
-            )
         try:
             while True:
                 message = self.session.receive(timeout_s)
@@ -216,7 +251,7 @@ class WeightReceiver:
                 # its answer.
                 logger.debug("skipped %s", type(message).__name__)
         except PeerLost:
-            self._set("failed")
+            self._end_as(SyncState.FAILED)
             raise
 
     def _take(self, message: Message) -> SyncResult | None:
@@ -224,10 +259,10 @@ class WeightReceiver:
         begin = time.perf_counter()
         match message:
             case Close(in_order=True):
-                self._set("closed")
+                self._end_as(SyncState.CLOSED)
                 return None
             case Close():
-                self._set("failed")
+                self._end_as(SyncState.FAILED)
                 raise RemoteError(f"the sender has left the session: {message.reason}")
             case NoChange():
                 self._accept_no_change(message)
@@ -237,12 +272,11 @@ class WeightReceiver:
         raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")
 
     def _accept_no_change(self, message: NoChange) -> None:
-        with self._lock:
-            state, version = self._state, self._version
-        if version != message.since:
+        status = self.status()
+        if status.version != message.since:
             error = SessionStateError(
                 f"version {message.version} has the weights of version {message.since}, but this "
-                f"receiver is {state} at version {version}"
+                f"receiver is {status.state} at version {status.version}"
             )
             self.session.fail(error)
             raise error
@@ -250,31 +284,25 @@ class WeightReceiver:
         self.session.reply(Committed(message.version))
 
     def _update(self, offer: Offer) -> Update:
-        following = self._following
         try:
-            update = following.receive(offer, self._set)
-        except BaseException as error:
+            update = self._following.receive(offer)
+        except BaseException:
             with self._lock:
-                self._state = "torn" if following.torn else "failed" if following.broken else "idle"
-                if following.torn:
+                if self._following.torn:
                     self._version = None
-            if not following.cancelled:
-                self.session.fail(error, ended=following.broken)
             raise
         self._note(update.version)
         self.session.reply(Committed(update.version))
         return update
 
-    def _set(self, state: str) -> None:
+    def _end_as(self, state: SyncState) -> None:
         with self._lock:
-            # Torn is for good until everything that is torn has been written again.
-            if self._state != "torn" or not self._following.torn:
-                self._state = state
+            self._end = self._end or state
 
     def _note(self, version: int) -> None:
         with self._lock:
             torn = self._following.torn
-            self._state = "torn" if torn else "committed"
+            self.session.phases.enter(SyncState.TORN if torn else SyncState.COMMITTED)
             self._version = None if torn else version
             self._error = None
             self._update_count += 1

@@ -70,9 +70,9 @@ class SyncResult(Mapping[str, Any]):
     """Their bytes on the wire."""
 
     seconds: Mapping[str, float]
-    """Time by stage: `agree`, `pack` (sender), `wire`, `unpack` (receivers, the slowest), `verify`,
-    `commit`, and `total` from call to return. Stages overlap, and `wire` includes waiting for the
-    other side."""
+    """Time by stage: `connect` (if the members had changed), `agree`, `pack` (sender), `wire`,
+    `unpack` (receivers, the slowest), `verify`, `commit`, and `total` from call to return. Stages
+    overlap, and `wire` includes waiting for the other side."""
 
     changed_tensors: int | None = None
     """How many tensors differ from the last sync's; None unless digests were compared, or at the
@@ -80,6 +80,9 @@ class SyncResult(Mapping[str, Any]):
 
     verified: bool = False
     """Whether the digests of what was sent and of what the receivers hold were compared."""
+
+    receivers: int = 0
+    """Receivers that have committed it, where the sender says so."""
 
     left_out: tuple[str, ...] = ()
     """Names that a filter of the source kept from being sent."""
@@ -135,11 +138,14 @@ class ReceiverStatus:
     """A receiver at one moment."""
 
     state: str
-    """`idle`, `receiving`, `staged`, `committed`, `torn` (a transfer failed while it wrote in
-    place: serve nothing until a full sync), `failed` or `closed`."""
+    """A `SyncState`: `idle`, `agreed`, `moving`, `staged`, `committed`, `torn` (a transfer failed
+    while it wrote in place: serve nothing until a full sync), `failed` or `closed`."""
 
     version: int | None
     """The last committed version; None before the first one, and while torn."""
+
+    epoch: str
+    """Identity of the present session."""
 
     update_count: int
     """Syncs that were committed."""
@@ -148,4 +154,10 @@ class ReceiverStatus:
     """When the last one was committed, in seconds since the epoch (`time.time`)."""
 
     error: BaseException | None
-    """What ended the receiver, if it failed."""
+    """What the last sync or the receiver failed with; None again after the next commit."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are weights of a committed version that may be served. While a sync writes
+        in place there aren't; whether it does, the target knows."""
+        return self.version is not None and self.state != "torn"

@@ -15,6 +15,7 @@ from packedcomm.leading import Leading
 from packedcomm.policy import SyncPolicy
 from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
 from packedcomm.session import SenderSession
+from packedcomm.session.messages import Verify
 from packedcomm.sources import (
     DTensorSource,
     LoraSource,
@@ -40,8 +41,8 @@ class FullWeightSender:
             DTensors.
         session: the session; None on the processes of a sharded trainer that don't lead, which must
             call the same methods in the same order.
-        verify: whether every sync compares per-tensor digests of both sides; costs a pass over the
-            weights on each side.
+        verify: whether syncs compare digests of what was sent with digests of what each receiver
+            holds, before the commit; None does so with the receivers that stage.
         statistics: whether receivers are asked for statistics of what changed, tensor by tensor;
             they must stage.
         policy: at which steps `step` syncs; None is every step, the first and the last.
@@ -55,7 +56,7 @@ class FullWeightSender:
         source: Any,
         session: SenderSession | None,
         *,
-        verify: bool = False,
+        verify: bool | None = None,
         statistics: bool = False,
         policy: SyncPolicy | None = None,
     ) -> None:
@@ -68,10 +69,10 @@ class FullWeightSender:
             )
         self.version: int | None = None
         """The last version that was committed."""
-        self._verify = verify
         self._policy = policy or SyncPolicy()
         self._session = session
-        self._leading = None if session is None else Leading(session, verify, statistics)
+        which: Verify = "staged" if verify is None else "always" if verify else "never"
+        self._leading = None if session is None else Leading(session, which, statistics)
         self._changes = ChangeCount()
         # Whether every receiver has the weights of `version`, as far as this sender knows.
         self._in_step = False
@@ -111,20 +112,20 @@ class FullWeightSender:
             IntegrityError: digests differ; nothing was committed.
             RemoteError: a receiver failed otherwise; carries its traceback. An error of one of
                 packedcomm's classes is raised as that class.
-            PeerLost, DeadlineExceeded, NcclError: the transfer failed.
+            PeerLost: a receiver has gone; the message names it. The next sync goes on without it.
+            DeadlineExceeded, NcclError: the transfer failed.
+            ContextLost: this process must restart.
+            SessionStateError: the session is closed or was aborted.
 
         Warns:
             UnchangedWeightsWarning: digests show that not one tensor has changed.
         """
         version = self._next_version(version)
-        if self._session is not None:
-            # Receivers that are still to come are no part of the sync.
-            self._session.wait()
         begin = time.perf_counter()
+        seconds: dict[str, float] = {}
         self._in_step = False
         snapshot = self.source.snapshot()
         manifest = snapshot.manifest
-        seconds: dict[str, float] = {}
         changed: int | None = None
         changes: Mapping[str, ChangeStatistics] = {}
         if self._leading is None:
@@ -151,7 +152,8 @@ class FullWeightSender:
             bytes=manifest.nbytes,
             seconds=seconds,
             changed_tensors=changed,
-            verified=self._verify,
+            verified=self._leading is not None and self._leading.verified,
+            receivers=self._session.world_size - 1 if self._session else 0,
             left_out=snapshot.left_out,
             changes=changes,
         )
@@ -191,6 +193,7 @@ class FullWeightSender:
         self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
         with self._sharing_failure():
+            leading.assemble(seconds)
             leading.agree(snapshot, version, seconds)
         gathered = iter(()) if snapshot.parts is not None else self.source.gather(snapshot)
         with self._sharing_failure(gathered):
@@ -249,7 +252,7 @@ class LoraSender(FullWeightSender):
         source: Any,
         session: SenderSession | None,
         *,
-        verify: bool = True,
+        verify: bool | None = True,
         statistics: bool = False,
         policy: SyncPolicy | None = None,
     ) -> None:

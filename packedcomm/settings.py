@@ -38,14 +38,45 @@ class Settings:
     """Deadline for a rendezvous and for making a communicator."""
 
     operation_timeout_s: float = 600.0
-    """Deadline for one collective on Gloo, for one launch on NCCL, and for each stage of a sync:
-    agreement, data, verification, commit. A receiver that is busy elsewhere counts as late."""
+    """Deadline for one collective on Gloo and for one launch on NCCL, outside of sessions."""
+
+    agree_timeout_s: float = 600.0
+    """Deadline for receivers to answer an offer: they may be busy generating when it comes. One
+    that is dead or stopped is noticed long before."""
+
+    move_timeout_s: float = 60.0
+    """Deadline for the data of a sync, and for its verification, apart from the time that its bytes
+    take at `least_bytes_per_second`."""
+
+    commit_timeout_s: float = 60.0
+    """Deadline for the commit, likewise."""
+
+    least_bytes_per_second: int = 100_000_000
+    """Rate below which a transfer counts as stuck: a sync of n bytes has `move_timeout_s` plus n
+    divided by this. An adapter of 84 MB has a minute, a model of 1 TB three hours."""
+
+    heartbeat_interval_s: float = 1.0
+    """How often each end of a session says that it is alive and what it does."""
+
+    heartbeat_timeout_s: float = 30.0
+    """Silence after which a peer of a session counts as stopped. Longer than anything that keeps a
+    process from running a Python thread."""
 
     close_timeout_s: float = 10.0
     """Deadline for an orderly close; after it a communicator is aborted."""
 
-    max_frame_bytes: int = 256 << 20
+    max_frame_bytes: int = 64 << 20
     """Cap on one control message of a session; the largest holds a manifest."""
+
+    max_pending_connections: int = 64
+    """Connections to a session's address that haven't proved yet that they have the secret; beyond
+    it the oldest are cut."""
+
+    flight_record_events: int = 256
+    """Last events of a session that are written down when a sync fails."""
+
+    flight_record_dir: str = ""
+    """Existing folder for these records; empty means the system's folder for temporary files."""
 
     max_tensors: int = 4_000_000
     """Cap on the entries of a manifest."""
@@ -76,6 +107,19 @@ class Settings:
                     )
             elif value < 1:
                 raise ArgumentError(f"Settings.{field.name} must be >= 1, got {value!r}")
+        if self.heartbeat_interval_s * 2 > self.heartbeat_timeout_s:
+            raise ArgumentError(
+                f"Settings.heartbeat_timeout_s must be at least twice heartbeat_interval_s, got "
+                f"{self.heartbeat_timeout_s!r} and {self.heartbeat_interval_s!r}"
+            )
+
+    def move_seconds(self, nbytes: int) -> float:
+        """Deadline in seconds for the data of a sync of so many bytes, or for its verification."""
+        return self.move_timeout_s + nbytes / self.least_bytes_per_second
+
+    def commit_seconds(self, nbytes: int) -> float:
+        """Deadline in seconds for the commit of a sync of so many bytes."""
+        return self.commit_timeout_s + nbytes / self.least_bytes_per_second
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:

@@ -67,26 +67,25 @@ def whole_regions(manifest: Manifest) -> tuple[Region, ...]:
     )
 
 
-def compare(manifest: Manifest, regions: Sequence[Region], sent: bytes, held: torch.Tensor) -> None:
+def compare(manifest: Manifest, regions: Sequence[Region], sent: bytes, held: bytes) -> None:
     """Raise `IntegrityError`, listing up to ten tensors, unless all digests are equal.
 
     Args:
         manifest: what was sent.
         regions: whose digests these are.
-        sent: as `packed_digests` makes them.
-        held: int64.
+        sent, held: as `packed_digests` makes them.
+
+    Raises:
+        ProtocolError: there are more or fewer digests than regions.
     """
-    found = packed_digests(held)
-    if len(sent) != len(found):
-        raise ProtocolError(
-            f"{len(sent) // 8} digests came for {len(regions)} regions of what was received"
-        )
-    if sent == found:
+    if len(sent) != len(held):
+        raise ProtocolError(f"{len(held) // 8} digests came for {len(regions)} regions")
+    if sent == held:
         return
     names = {
         manifest.specs[region.tensor].name: None
         for i, region in enumerate(regions)
-        if sent[8 * i : 8 * i + 8] != found[8 * i : 8 * i + 8]
+        if sent[8 * i : 8 * i + 8] != held[8 * i : 8 * i + 8]
     }
     raise IntegrityError(
         "received values differ from those that were sent: "

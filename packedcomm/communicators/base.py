@@ -150,6 +150,20 @@ class Communicator(abc.ABC):
     def group(self) -> AbstractContextManager[None]:
         """Operations inside the context are issued together at its end. Groups don't nest."""
 
+    def check(self) -> None:
+        """Raise what has gone wrong since the last operation, where the transport notices that by
+        itself. Any thread may ask.
+
+        Raises:
+            PeerLost, NcclError, CudaError: the transport has failed.
+            SessionStateError: the communicator is closed or was aborted.
+        """
+        self._check_open("check")
+
+    @abc.abstractmethod
+    def set_timeout(self, timeout_s: float) -> None:
+        """Change the deadline of later operations, in seconds."""
+
     @abc.abstractmethod
     def abort(self, reason: str) -> None:
         """End the communicator now; may be called from any thread, any number of times.

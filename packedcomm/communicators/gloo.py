@@ -97,7 +97,8 @@ class GlooCommunicator(Communicator):
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device("cpu")
-        self._settings = settings
+        self._timeout_s = settings.operation_timeout_s
+        self._close_timeout_s = settings.close_timeout_s
         self._sockets = sockets
         self._thread = TransferThread(group)
         self._grouped: list[Transfer] | None = None
@@ -114,6 +115,7 @@ class GlooCommunicator(Communicator):
         *,
         timeout_s: float = DEFAULTS.connect_timeout_s,
         settings: Settings = DEFAULTS,
+        check: Callable[[], None] | None = None,
     ) -> Self:
         """Meet the other ranks at rank 0's address and connect to all of them.
 
@@ -127,6 +129,7 @@ class GlooCommunicator(Communicator):
             world_size: number of ranks.
             timeout_s: deadline for the whole, in seconds.
             settings: `operation_timeout_s` is the deadline of each later operation or group.
+            check: called at least every 100 ms meanwhile; what it raises ends the meeting.
 
         Raises:
             ArgumentError: an argument is malformed or out of range.
@@ -136,7 +139,7 @@ class GlooCommunicator(Communicator):
             PeerLost, ProtocolError, RemoteError, VersionMismatch: the meeting failed.
         """
         group, sockets = connect_gloo(
-            address, rank, world_size, timeout_s, settings.operation_timeout_s
+            address, rank, world_size, timeout_s, settings.operation_timeout_s, check
         )
         return cls(group, sockets, rank, world_size, settings)
 
@@ -212,6 +215,11 @@ class GlooCommunicator(Communicator):
         finally:
             self._grouped = None
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """As `Communicator.set_timeout`."""
+        self._timeout_s = timeout_s
+        self._thread.set_timeout(timeout_s)
+
     def abort(self, reason: str) -> None:
         """As `Communicator.abort`: cuts the connections, so that the other ranks learn of it."""
         self._end(reason)
@@ -228,7 +236,7 @@ class GlooCommunicator(Communicator):
             self._sockets.cut()
         # Idle unless an operation was given up. Gloo may not notice its end before its own timeout;
         # the thread then stays behind with the group and the tensors.
-        self._thread.stop(GIVEN_UP_S if failed else self._settings.close_timeout_s)
+        self._thread.stop(GIVEN_UP_S if failed else self._close_timeout_s)
 
     def _issue(self, transfer: Transfer) -> None:
         self._check_open(transfer.operation)
@@ -244,7 +252,7 @@ class GlooCommunicator(Communicator):
 
     def _wait(self, batch: Batch) -> None:
         # Counted from here: what was started before may have had to wait for its turn.
-        deadline = time.monotonic() + self._settings.operation_timeout_s
+        deadline = time.monotonic() + self._timeout_s
         hung_up_at: float | None = None
         try:
             while not batch.wait(SLICE_S):
@@ -271,7 +279,7 @@ class GlooCommunicator(Communicator):
         waiting = "" if batch.peer is None else f", waiting for rank {batch.peer}"
         return DeadlineExceeded(
             f"{batch.current.operation} on rank {self.rank} of {self.world_size}: not done after "
-            f"{self._settings.operation_timeout_s:.3g} s{waiting}"
+            f"{self._timeout_s:.3g} s{waiting}"
         )
 
     def _hung_up(self, batch: Batch) -> bool:

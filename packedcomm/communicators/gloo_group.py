@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
+from packedcomm.communicators.gloo_transfers import GLOO_SLACK_S
 from packedcomm.communicators.listener import Listener
 from packedcomm.communicators.peer_sockets import (
     Endpoint,
@@ -26,9 +27,6 @@ __all__ = ["connect_gloo"]
 SLICE_S = 0.05
 STORE_POLL_S = 0.002
 
-# Gloo's own timeout comes after ours, as a last resort.
-GLOO_SLACK_S = 5.0
-
 # Held while Gloo begins to listen, never while it connects: ranks of several groups may connect
 # them in different orders.
 _LISTENING = threading.Lock()
@@ -40,6 +38,7 @@ def connect_gloo(
     world_size: int,
     timeout_s: float,
     operation_timeout_s: float,
+    check: Callable[[], None] | None = None,
 ) -> tuple[Any, PeerSockets]:
     """Meet the other ranks and connect to all of them.
 
@@ -49,6 +48,7 @@ def connect_gloo(
         world_size: number of ranks.
         timeout_s: deadline for the whole, in seconds.
         operation_timeout_s: deadline of later operations, in seconds.
+        check: called at least every 100 ms; what it raises ends the meeting.
 
     Returns:
         A `ProcessGroupGloo` that needs no store any more, and its connections.
@@ -57,7 +57,7 @@ def connect_gloo(
         PeerLost: Gloo can't connect although all ranks are there.
         PackedCommError: what `Rendezvous` raises.
     """
-    with Rendezvous(address, rank, world_size, timeout_s) as rendezvous:
+    with Rendezvous(address, rank, world_size, timeout_s, check) as rendezvous:
         rendezvous.agree("gloo", "cpu")
         before = socket_inodes()
         device, listening = _listen(rendezvous)

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ __all__ = ["Batch", "Transfer", "TransferThread", "broadcast_tree"]
 # Tags keep a broadcast's messages apart from sends between the same two ranks.
 SEND_TAG = 0
 BROADCAST_TAG = 1
+
+# Gloo's own timeout comes after ours, as a last resort.
+GLOO_SLACK_S = 5.0
 
 
 def broadcast_tree(rank: int, src: int, world_size: int) -> tuple[int | None, tuple[int, ...]]:
@@ -162,6 +166,7 @@ class TransferThread:
 
     def __init__(self, group: Any) -> None:
         """Start the thread, which keeps `group` alive until `stop`."""
+        self._group = weakref.ref(group)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(group,), name="packedcomm-gloo", daemon=True
@@ -174,6 +179,12 @@ class TransferThread:
         batch = Batch(transfers)
         self._batches.put(batch)
         return batch
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Give what is started later a deadline, after which Gloo itself gives up."""
+        group = self._group()
+        if group is not None:
+            group._set_default_timeout(timedelta(seconds=timeout_s + GLOO_SLACK_S))
 
     def let_end(self) -> None:
         """Let the thread end after what it is doing; from any thread, also in a finalizer."""

@@ -113,6 +113,7 @@ class NcclCommunicator(NcclOperations):
         device: torch.device | str | int,
         timeout_s: float = DEFAULTS.connect_timeout_s,
         settings: Settings = DEFAULTS,
+        check: Callable[[], None] | None = None,
     ) -> Self:
         """Connect by a unique id that all ranks have been given.
 
@@ -122,6 +123,7 @@ class NcclCommunicator(NcclOperations):
             uid: what `unique_id` returned on one rank: 128 bytes, or those in base64 (standard
                 alphabet). Each id serves for one communicator.
             rank, world_size, device, timeout_s, settings: as for `connect`.
+            check: called every 50 ms meanwhile; what it raises gives the connecting up.
 
         Raises:
             RendezvousTimeout: not every rank arrived in time. Which ones isn't known here.
@@ -132,8 +134,14 @@ class NcclCommunicator(NcclOperations):
         parsed = _parse_unique_id(uid)
         gpu = _checked_device(device)
         library = find_nccl(settings)
-        check = _deadline_check(rank, world_size, library, timeout_s)
-        return cls._join(library, parsed, rank, world_size, gpu, settings, check)
+        in_time = _deadline_check(rank, world_size, library, timeout_s)
+
+        def look() -> None:
+            in_time()
+            if check is not None:
+                check()
+
+        return cls._join(library, parsed, rank, world_size, gpu, settings, look)
 
     @classmethod
     def from_vllm(

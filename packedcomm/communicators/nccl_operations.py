@@ -135,6 +135,10 @@ class NcclOperations(Communicator):
         finally:
             self._grouped = None
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """As `Communicator.set_timeout`."""
+        self._timeout_s = timeout_s
+
     def check(self) -> None:
         """Raise what NCCL has noticed on its own threads since the last operation.
 

@@ -70,7 +70,12 @@ class Rendezvous:
     """
 
     def __init__(
-        self, address: str | Listener, rank: int, world_size: int, timeout_s: float
+        self,
+        address: str | Listener,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        also_check: Callable[[], None] | None = None,
     ) -> None:
         """Serve (rank 0) or connect to rank 0.
 
@@ -80,6 +85,7 @@ class Rendezvous:
             rank: this process's rank.
             world_size: number of ranks.
             timeout_s: everything up to the end of `finish` happens within this time, in seconds.
+            also_check: called by `check`; what it raises ends the meeting.
 
         Raises:
             ArgumentError: an argument is malformed or out of range.
@@ -89,6 +95,7 @@ class Rendezvous:
         with closing_on_error(address):
             check_rank(rank, world_size)
             check_timeout(timeout_s)
+            self._also_check = also_check
             self._begin(address, rank, world_size, timeout_s)
 
     def _begin(self, address: str | Listener, rank: int, world_size: int, timeout_s: float) -> None:
@@ -194,6 +201,8 @@ class Rendezvous:
                 missing.
             ConfigMismatch, VersionMismatch, ProtocolError, RemoteError: another rank failed.
         """
+        if self._also_check is not None:
+            self._also_check()
         with self._rank0_may_be_lost():
             now = time.monotonic()
             if now >= self._next_beat:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 
 from packedcomm.communicators.nccl_library import find_nccl
-from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError, VersionMismatch, listed
+from packedcomm.errors import ArgumentError, ConfigMismatch, CudaError, VersionMismatch
 from packedcomm.session.messages import Hello, Transport
 from packedcomm.settings import Settings
 
@@ -74,39 +73,39 @@ def own_hello(device: torch.device, settings: Settings) -> Hello:
     )
 
 
-def agreed_transport(sender: Hello, receivers: Sequence[Hello]) -> Transport:
-    """The transport for a sender and its receivers, in the order of their ranks.
+def agreed_transport(sender: Hello, receiver: Hello, rank: int) -> Transport:
+    """The transport between a sender and a receiver.
+
+    Args:
+        sender, receiver: what they say of themselves.
+        rank: the receiver's, for messages.
 
     Raises:
-        ConfigMismatch: some are on GPUs and some on CPUs; the message has all that differ.
+        ConfigMismatch: one is on a GPU and one on a CPU.
         VersionMismatch: versions of packedcomm, of its byte format or of NCCL differ; the message
             names both sides' versions, and for NCCL their libraries.
     """
     versions: list[str] = []
-    devices: list[str] = []
     own = f"the sender ({_place(sender)})"
-    for rank, receiver in enumerate(receivers, 1):
-        other = f"receiver rank {rank} ({_place(receiver)})"
-        if receiver.package != sender.package:
-            versions.append(
-                f"{own} runs packedcomm {sender.package}, {other} packedcomm {receiver.package}"
-            )
-        if not set(receiver.wire_versions) & set(sender.wire_versions):
-            versions.append(
-                f"{own} speaks versions {list(sender.wire_versions)} of the byte format, "
-                f"{other} versions {list(receiver.wire_versions)}"
-            )
-        if receiver.device != sender.device:
-            devices.append(f"{own} is on {sender.device}, {other} on {receiver.device}")
-        elif receiver.nccl_version != sender.nccl_version:
-            versions.append(
-                f"NCCL versions differ: {own} uses {sender.nccl_version} from {sender.nccl_path}, "
-                f"{other} uses {receiver.nccl_version} from {receiver.nccl_path}"
-            )
+    other = f"receiver rank {rank} ({_place(receiver)})"
+    if receiver.package != sender.package:
+        versions.append(
+            f"{own} runs packedcomm {sender.package}, {other} packedcomm {receiver.package}"
+        )
+    if not set(receiver.wire_versions) & set(sender.wire_versions):
+        versions.append(
+            f"{own} speaks versions {list(sender.wire_versions)} of the byte format, "
+            f"{other} versions {list(receiver.wire_versions)}"
+        )
+    if receiver.device == sender.device and receiver.nccl_version != sender.nccl_version:
+        versions.append(
+            f"NCCL versions differ: {own} uses {sender.nccl_version} from {sender.nccl_path}, "
+            f"{other} uses {receiver.nccl_version} from {receiver.nccl_path}"
+        )
     if versions:
-        raise VersionMismatch(listed(versions))
-    if devices:
-        raise ConfigMismatch(listed(devices))
+        raise VersionMismatch("; ".join(versions))
+    if receiver.device != sender.device:
+        raise ConfigMismatch(f"{own} is on {sender.device}, {other} on {receiver.device}")
     return "nccl" if sender.device == "cuda" else "gloo"
 
 

@@ -1,12 +1,11 @@
-"""What both ends of a session have in common: their state, their end, and their description."""
+"""What both ends of a session have in common: their state, their supervisor, and their end."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import json
 import os
-import tempfile
+import socket
 import threading
 import time
 import warnings
@@ -18,16 +17,33 @@ import torch
 
 from packedcomm.communicators import Communicator
 from packedcomm.completion import wait_for_device
-from packedcomm.errors import SessionStateError
+from packedcomm.errors import (
+    ContextLost,
+    DeadlineExceeded,
+    PackedCommError,
+    PeerLost,
+    RendezvousTimeout,
+    SessionStateError,
+)
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session.control import ReceiverChannel, SenderChannel
-from packedcomm.session.messages import Close, Message, Transport
+from packedcomm.session.flight import FlightRecord, write_json
+from packedcomm.session.messages import Beat, Close, Message, Transport
+from packedcomm.session.phases import Phase, Phases
+from packedcomm.session.states import AT_REST, SyncState
+from packedcomm.session.supervisor import Supervisor
 from packedcomm.settings import Settings
+from packedcomm.transports.slots import release_buffers
 
 __all__ = ["SCHEMA_VERSION", "SessionEnd", "deadline_after"]
 
 # Of the description that `write_description` writes.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# After a pause of this process as long as this, its peers are given time to be heard again.
+_ASLEEP_S = 1.0
+
+_WORTH_A_RECORD = (ContextLost, DeadlineExceeded, PeerLost, RendezvousTimeout)
 
 
 def deadline_after(timeout_s: float | None) -> float:
@@ -38,24 +54,35 @@ def deadline_after(timeout_s: float | None) -> float:
 class SessionEnd(abc.ABC):
     """One end of a session.
 
-    Belongs to one thread at a time; only `abort` may be called from another.
+    Belongs to one thread at a time; `abort`, `failure`, `state` and `describe` are for any. A
+    supervisor thread takes messages and notices failures while that thread does something else.
     """
 
     epoch: str
     """Random name of the session, new at every `Session.listen`."""
 
     rank: int
-    """0 is the sender."""
+    """0 is the sender. A receiver's may change when the members do."""
 
     world_size: int
-    """The sender and all receivers."""
+    """The sender and all receivers of the present communicator; before the first one, those that
+    are expected."""
 
     device: torch.device
     settings: Settings
     wire_format: WireFormat
+
     buffer_size_bytes: int
+    """Size at which packed chunks are cut; may be changed on the sender between syncs."""
+
     address: str
     """Where the sender listens, "host:port"."""
+
+    generation: int
+    """How many communicators this end has connected."""
+
+    chunk: int
+    """Chunks of the present transfer that were handed to the communicator, for messages."""
 
     _role: ClassVar[str]
 
@@ -63,12 +90,27 @@ class SessionEnd(abc.ABC):
         """Use `Session.listen` or `Session.connect`."""
         self.settings = settings
         self.device = device
+        self.epoch = ""
+        self.generation = 0
+        self.chunk = 0
+        self.flight = FlightRecord(settings)
+        self.phases = Phases(self._role, self.flight)
         self._channel: SenderChannel | ReceiverChannel
         self._communicator: Communicator | None = None
         self._transport: Transport | None = None
         self._ended: str | None = None
         self._ending = threading.Lock()
         self._closed = False
+        # Held by whichever thread takes what has come, so that the order of messages is kept.
+        self._pumping = threading.Lock()
+        self._last_look = time.monotonic()
+        self._next_beat = 0.0
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def state(self) -> SyncState:
+        """Where this end is. Any thread may ask."""
+        return self.phases.present.state
 
     @property
     @abc.abstractmethod
@@ -80,9 +122,141 @@ class SessionEnd(abc.ABC):
     def transport(self) -> Transport:
         """What the data travels over: `"nccl"` or `"gloo"`."""
 
+    def failure(self) -> PackedCommError | None:
+        """What has gone wrong elsewhere, or None; looks and doesn't wait. Any thread may ask.
+
+        Returns:
+            What has interrupted the transfer that is under way; a receiver's failure or loss, the
+            sender's `Cancel` or loss; a `SessionStateError` if this end has ended.
+        """
+        if self._ended is not None:
+            return SessionStateError(f"{self._role}: {self._ended}")
+        if self._pumping.acquire(blocking=False):
+            try:
+                self._take_and_beat(0.0)
+            except SessionStateError:
+                pass  # it is being closed
+            finally:
+                self._pumping.release()
+        return self.phases.interruption or self._failed()
+
     @abc.abstractmethod
-    def _farewell(self, message: Message) -> None:
-        """Say it to whoever is still there; never raises."""
+    def _failed(self) -> PackedCommError | None:
+        """What those messages say has gone wrong elsewhere that have come already."""
+
+    @abc.abstractmethod
+    def _take(self, timeout_s: float) -> None:
+        """Wait for at most 50 ms, and sort what has come. `_pumping` is held."""
+
+    @abc.abstractmethod
+    def _say_to_all(self, message: Message) -> None:
+        """Say something that isn't answered to whoever is still there; never raises."""
+
+    @abc.abstractmethod
+    def _give_more_time(self, seconds: float) -> None:
+        """Let the silence of peers count from so much later."""
+
+    @abc.abstractmethod
+    def _peers(self) -> list[dict[str, Any]]:
+        """What is known of the other ranks, as JSON values."""
+
+    @abc.abstractmethod
+    def _waited_for(self) -> list[dict[str, Any]]:
+        """Those of `_peers` whom this end waits for."""
+
+    def start_supervisor(self) -> None:
+        """Begin to look after this end."""
+        self._supervisor = Supervisor(self._look, f"packedcomm-{self._role.split()[-1]}-session")
+
+    def _look(self) -> None:
+        """One look of the supervisor's."""
+        phase = self.phases.present
+        trouble = self.failure()
+        if self._ended is not None or phase.state is not SyncState.MOVING:
+            return
+        trouble = trouble or self._trouble(phase)
+        if trouble is not None and self.phases.interrupt(phase, trouble):
+            self._release_communicator(str(trouble))
+
+    def _trouble(self, phase: Phase) -> PackedCommError | None:
+        """Why a transfer can't come to its end, although nobody has said so."""
+        waited_for = [str(peer["name"]) for peer in self._waited_for()] or ["its end"]
+        found: PackedCommError | None = self.phases.overdue(phase, ", ".join(waited_for))
+        if found is None and self._communicator is not None:
+            try:
+                self._communicator.check()
+            except SessionStateError:
+                pass  # somebody else is ending it
+            except PackedCommError as error:
+                found = error
+        return found
+
+    def _release_communicator(self, reason: str) -> None:
+        """Let go whoever is blocked in the communicator, off the thread that is."""
+        communicator = self._communicator
+        if communicator is not None:
+            try:
+                communicator.abort(reason)
+            except ContextLost as error:
+                self.flight.note("context lost", text=str(error)[:500])
+
+    def _pump(self, timeout_s: float) -> None:
+        """Take what has come, waiting for at most 50 ms for something."""
+        with self._pumping:
+            self._take_and_beat(timeout_s)
+
+    def _take_and_beat(self, timeout_s: float) -> None:
+        now = time.monotonic()
+        if (gap := now - self._last_look) > _ASLEEP_S:
+            self._give_more_time(gap)
+        self._take(timeout_s)
+        self._last_look = now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + self.settings.heartbeat_interval_s
+            waited_for = ", ".join(str(peer["name"]) for peer in self._waited_for())
+            self._say_to_all(Beat(str(self.state), waited_for[:200]))
+
+    def drop_communicator(self, reason: str) -> None:
+        """Give the communicator up, with its buffers; the next sync connects another.
+
+        Returns once nothing of it touches any tensor any more.
+
+        Raises:
+            ContextLost: it can't be given up: this process must restart.
+        """
+        with self._ending:
+            communicator, self._communicator = self._communicator, None
+        if communicator is None:
+            return
+        self.flight.note("communicator given up", reason=reason[:500])
+        try:
+            communicator.abort(reason)
+        finally:
+            communicator.close()
+            release_buffers(communicator)
+
+    def record_failure(self, error: BaseException) -> None:
+        """Write the flight record of a sync that has failed, and say in the error where it is.
+
+        An offer that doesn't fit, which harms nobody, isn't recorded.
+        """
+        if self.state in AT_REST and not isinstance(error, _WORTH_A_RECORD):
+            return
+        path = self.flight.write(self.facts(), error, self._waited_for())
+        if path is not None and not any("flight record" in note for note in _notes_of(error)):
+            error.add_note(f"flight record: {path}")
+
+    def facts(self) -> dict[str, Any]:
+        """What a flight record says of this end, as JSON values."""
+        return {
+            **self.describe(),
+            "role": self._role,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "device": str(self.device),
+            "chunk": self.chunk,
+            "peers": self._peers(),
+        }
 
     def abort(self, reason: str) -> None:
         """End the session now, and tell the other side; may be called from any thread.
@@ -94,9 +268,10 @@ class SessionEnd(abc.ABC):
             if self._ended is not None:
                 return
             self._ended = f"aborted: {reason}"
+        self._enter_end(SyncState.FAILED)
+        self._say_to_all(Close(f"aborted: {reason}"[:4000], in_order=False))
         if self._communicator is not None:
             self._communicator.abort(reason)
-        self._farewell(Close(f"aborted: {reason}"[:4000], in_order=False))
 
     def close(self) -> None:
         """Leave the session, tell the other side, and release everything. Idempotent."""
@@ -106,15 +281,20 @@ class SessionEnd(abc.ABC):
         with self._ending:
             in_order = self._ended is None
             self._ended = self._ended or "the session is closed"
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._channel.close)
+            if self._communicator is not None:
+                stack.callback(self._communicator.close)
+                stack.callback(release_buffers, self._communicator)
+            if self._supervisor is not None:
+                self._supervisor.stop(self.settings.close_timeout_s)
             if in_order:
-                self._farewell(Close("closed"))
-        finally:
-            try:
-                if self._communicator is not None:
-                    self._communicator.close()
-            finally:
-                self._channel.close()
+                self._enter_end(SyncState.CLOSED)
+                self._say_to_all(Close("closed"))
+
+    def _enter_end(self, state: SyncState) -> None:
+        with contextlib.suppress(SessionStateError):
+            self.phases.enter(state)
 
     def _warm_up(self, communicator: Communicator, deadline: float) -> Communicator:
         """Let NCCL open its connections now, which it otherwise does in the first broadcast, where
@@ -123,12 +303,30 @@ class SessionEnd(abc.ABC):
             try:
                 communicator.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device), 0)
                 remaining = max(0.1, deadline - time.monotonic())
-                wait_for_device(self.device, remaining, lambda: None, "NCCL's first broadcast")
+                wait_for_device(self.device, remaining, self.failure, "NCCL's first broadcast")
             except BaseException as error:
                 communicator.abort(f"{type(error).__name__}: {error}")
                 communicator.close()
                 raise
         return communicator
+
+    def _adopt(self, communicator: Communicator) -> None:
+        """Have a communicator that was just connected."""
+        with self._ending:
+            self._communicator = communicator
+            aborted = self._ended
+        self.generation += 1
+        self.flight.note("connected", generation=self.generation, world_size=self.world_size)
+        if aborted is not None:
+            communicator.abort(aborted)
+        self._check_open("connect")
+
+    def _check_failure(self) -> None:
+        """Raise what has gone wrong elsewhere, while this end connects."""
+        self._check_open("connect")
+        failed = self.failure()
+        if failed is not None:
+            raise failed
 
     def _check_open(self, operation: str) -> None:
         if self._ended is not None:
@@ -137,7 +335,7 @@ class SessionEnd(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """What others may want to know of the session, as JSON values; never the secret.
 
-        `transport` is None on a sender whose receivers haven't all come.
+        `transport` is None on a sender that no receiver has come to yet.
         """
         from packedcomm import __version__
 
@@ -147,6 +345,8 @@ class SessionEnd(abc.ABC):
             "epoch": self.epoch,
             "rank": self.rank,
             "world_size": self.world_size,
+            "generation": self.generation,
+            "state": str(self.state),
             "transport": self._transport,
             "wire_format": self.wire_format,
             "buffer_size_bytes": self.buffer_size_bytes,
@@ -159,19 +359,7 @@ class SessionEnd(abc.ABC):
         Raises:
             OSError: the file can't be written.
         """
-        target = Path(path)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.describe(), file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(name).unlink()
-            raise
+        write_json(Path(path), self.describe())
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +382,11 @@ class SessionEnd(abc.ABC):
     def __repr__(self) -> str:
         state = "" if self._ended is None else f", ended: {self._ended}"
         return (
-            f"{type(self).__name__}(address={self.address!r}, epoch={self.epoch!r}, "
-            f"rank={self.rank}, world_size={self.world_size}, device={str(self.device)!r}, "
-            f"transport={self._transport!r}{state})"
+            f"{type(self).__name__}({self.address!r}, rank={self.rank}, "
+            f"world_size={self.world_size}, device='{self.device}', {self.state}{state})"
         )
+
+
+def _notes_of(error: BaseException) -> list[str]:
+    """The notes of an error."""
+    return list(getattr(error, "__notes__", []))

@@ -5,103 +5,71 @@ A message that breaks a rule can't be made, neither here nor from a frame: the c
 
     receiver → sender            sender → receiver
     Hello                        Welcome, Refused
+    Present, Connected           Assemble, Connect
     Ready, NeedManifest          Offer, Proceed, NoChange
-    Staged, Committed            Moved, Commit
-    Failure, Close               Cancel, Close
+    Staged, Committed            Commit
+    Failure, Beat, Close         Cancel, Beat, Close
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from packedcomm.errors import ManifestError
-from packedcomm.manifest import DTYPE_SIZES, checked_nbytes
 from packedcomm.planning.chunks import WireFormat
-from packedcomm.results import ChangeStatistics
-from packedcomm.session.rules import (
-    Checked,
-    finite,
-    flag,
-    integer,
-    one_of,
-    short_bytes,
-    text,
-    tuple_of,
+from packedcomm.session.fields import (
+    MOST,
+    UNIQUE_ID_BYTES,
+    Changes,
+    Count,
+    LongText,
+    Region,
+    Regions,
+    ShortText,
+    StageSeconds,
+    Version,
 )
+from packedcomm.session.rules import Checked, flag, integer, one_of, short_bytes, text, tuple_of
+from packedcomm.session.states import SyncState
 from packedcomm.settings import DEFAULTS
 
 __all__ = [
     "MESSAGES",
+    "Assemble",
+    "Beat",
     "Cancel",
     "Close",
     "Commit",
     "Committed",
+    "Connect",
+    "Connected",
     "Failure",
     "Hello",
     "Message",
-    "Moved",
     "NeedManifest",
     "NoChange",
     "Offer",
+    "Present",
     "Proceed",
     "Ready",
     "Refused",
     "Region",
     "Staged",
     "Transport",
+    "Verify",
     "Welcome",
 ]
 
 Transport = Literal["nccl", "gloo"]
 
-MOST = (1 << 63) - 1
-UNIQUE_ID_BYTES = 128
-
-# More phases than a sync will ever be timed by.
-MAX_PHASES = 64
+Verify = Literal["always", "staged", "never"]
+"""Which receivers compare digests: all, those that stage, or none."""
 
 
-def _region(value: Any) -> str | None:
-    # It has checked itself when it was made.
-    return None if type(value) is Region else "must be a Region"
-
-
-def _regions(value: Any) -> str | None:
-    return None if value is None else tuple_of(_region, DEFAULTS.max_tensors)(value)
-
-
-def _changes(value: Any) -> str | None:
-    if type(value) is not dict or len(value) > DEFAULTS.max_tensors:
-        return f"must map at most {DEFAULTS.max_tensors:,} names to ChangeStatistics"
-    for name, change in value.items():
-        if problem := text(DEFAULTS.max_name_bytes, 1)(name):
-            return f"name {problem}"
-        if type(change) is not ChangeStatistics:
-            return f"{name!r:.80} must have ChangeStatistics"
-        # Weights may hold NaN and infinity, and so may what is computed from them.
-        if any(type(n) is not float for n in (change.mean, change.std, change.maximum)):
-            return f"{name!r:.80} must have three floats"
-        if problem := integer(0, MOST)(change.elements):
-            return f"{name!r:.80} elements {problem}"
-    return None
-
-
-def _phases(value: Any) -> str | None:
-    if type(value) is not dict or len(value) > MAX_PHASES:
-        return f"must map at most {MAX_PHASES} names to seconds"
-    for name, seconds in value.items():
-        if problem := text(64, 1)(name) or finite(0.0)(seconds):
-            return f"{name!r:.80} {problem}"
-    return None
-
-
-Count = Annotated[int, integer(0, MOST)]
-Version = Annotated[int, integer(-MOST, MOST)]
-ShortText = Annotated[str, text(4096)]
-LongText = Annotated[str, text(1 << 18)]
-Extents = Annotated[tuple[int, ...], tuple_of(integer(0, MOST), DEFAULTS.max_dimensions)]
+def _not_a_receiver(rank: int, world_size: int) -> str | None:
+    if 1 <= rank < world_size:
+        return None
+    return f"rank {rank} is not a receiver's of world size {world_size}"
 
 
 class Message(Checked):
@@ -114,41 +82,6 @@ class Message(Checked):
 
     from_receiver: ClassVar[bool] = False
     """Whether a receiver may say it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Region(Checked):
-    """A box of a tensor as a receiver holds it, whose bytes are to be digested.
-
-    Raises:
-        ProtocolError: the box is malformed.
-    """
-
-    tensor: Count
-    """Index in the manifest."""
-
-    offset: Extents
-    """Index in the tensor of the box's first element."""
-
-    shape: Extents
-    """The box's shape, as many dimensions as the offset."""
-
-    dtype: Annotated[str, one_of(*DTYPE_SIZES)]
-    """Dtype of the receiver's memory, a name of `DTYPE_SIZES`."""
-
-    scale: Annotated[float, finite(-math.inf)]
-    """Factor that is applied on the way there; 1.0 leaves bytes as they are."""
-
-    def conflict(self) -> str | None:
-        if len(self.offset) != len(self.shape):
-            return f"offset has {len(self.offset)} dimensions, shape {len(self.shape)}"
-        try:
-            checked_nbytes(self.shape, self.dtype)
-        except ManifestError as error:
-            return str(error)
-        if any(o + s > MOST for o, s in zip(self.offset, self.shape, strict=True)):
-            return "offset + shape overflows 63 bits"
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +110,7 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Everybody has come and fits; the receiver connects the communicator now."""
+    """The receiver fits, and belongs to the session from now on."""
 
     from_sender = True
 
@@ -185,28 +118,69 @@ class Welcome(Message):
     """Random name of this session."""
 
     rank: Count
-    """The receiver's rank, from 1; the sender is rank 0."""
+    """The receiver's rank, from 1, if nobody leaves before the first sync; the sender is rank 0."""
 
     world_size: Count
+    """The ranks that there will be by then."""
+
     transport: Annotated[Transport, one_of(*get_args(Transport))]
-    unique_id: Annotated[bytes, short_bytes(UNIQUE_ID_BYTES)]
-    """NCCL's unique id; empty for Gloo."""
-
-    address: Annotated[str, text(512)]
-    """Where Gloo's ranks meet, "host:port"; empty for NCCL."""
-
-    buffer_size_bytes: Annotated[int, integer(1, MOST)]
     wire_format: Annotated[WireFormat, one_of(*get_args(WireFormat))]
+    buffer_size_bytes: Annotated[int, integer(1, MOST)]
+
+    decided: Count
+    """Number of the last sync of this epoch that was decided to be committed; 0 if none was."""
 
     def conflict(self) -> str | None:
-        if not 1 <= self.rank < self.world_size:
-            return f"rank {self.rank} is not a receiver's of world size {self.world_size}"
-        wanted = UNIQUE_ID_BYTES if self.transport == "nccl" else 0
-        if len(self.unique_id) != wanted:
-            return f"{self.transport} with a unique id of {len(self.unique_id)} bytes"
-        if bool(self.address) == (self.transport == "nccl"):
-            return f"{self.transport} with address {self.address!r}"
+        return _not_a_receiver(self.rank, self.world_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Assemble(Message):
+    """The members have changed, or the communicator was given up: another one will be connected."""
+
+    from_sender = True
+
+    rank: Count
+    """The receiver's rank from now on."""
+
+    world_size: Count
+
+    def conflict(self) -> str | None:
+        return _not_a_receiver(self.rank, self.world_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Present(Message):
+    """The receiver isn't busy, and will connect at once when it is told to."""
+
+    from_receiver = True
+
+
+@dataclass(frozen=True, slots=True)
+class Connect(Message):
+    """Everybody is present: connect the communicator now."""
+
+    from_sender = True
+
+    unique_id: Annotated[bytes, short_bytes(UNIQUE_ID_BYTES)] = b""
+    """NCCL's unique id; empty for Gloo."""
+
+    address: Annotated[str, text(512)] = ""
+    """Where Gloo's ranks meet, "host:port"; empty for NCCL."""
+
+    def conflict(self) -> str | None:
+        if len(self.unique_id) not in (0, UNIQUE_ID_BYTES):
+            return f"a unique id of {len(self.unique_id)} bytes"
+        if bool(self.unique_id) is bool(self.address):
+            return "either a unique id or an address is needed"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Connected(Message):
+    """The receiver's communicator is connected."""
+
+    from_receiver = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +208,13 @@ class Offer(Message):
     manifest: Annotated[str, text(MOST)] = ""
     """The manifest's JSON; empty where the receivers have agreed to this digest before."""
 
-    verify: Annotated[bool, flag] = False
+    number: Count = 0
+    """Number of the sync in this epoch, from 1."""
+
+    buffer_size_bytes: Annotated[int, integer(1, MOST)] = DEFAULTS.buffer_size_bytes
+    """Size at which packed chunks are cut."""
+
+    verify: Annotated[Verify, one_of(*get_args(Verify))] = "never"
     statistics: Annotated[bool, flag] = False
 
     regions_known: Annotated[bool, flag] = False
@@ -247,9 +227,12 @@ class Ready(Message):
 
     from_receiver = True
 
-    regions: Annotated[tuple[Region, ...] | None, _regions] = None
-    """What it wants to verify, in the order of the digests that it expects; None where it has said
-    so before or doesn't verify."""
+    verifies: Annotated[bool, flag] = False
+    """Whether its vote will have digests."""
+
+    regions: Regions = None
+    """What it verifies, in the order of its digests; None where it has said so before or doesn't
+    verify."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,30 +264,23 @@ class NoChange(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Moved(Message):
-    """All data has been sent."""
+class Staged(Message):
+    """The receiver holds all data and votes for the commit; said without being asked again."""
 
-    from_sender = True
+    from_receiver = True
+
+    seconds: StageSeconds
+    """How long each phase took there."""
 
     digests: Annotated[bytes, short_bytes(8 * DEFAULTS.max_tensors)] = b""
-    """One for each region that this receiver asked for, 8 bytes each, little-endian."""
+    """Of what it holds, one for each of its regions, 8 bytes each, little-endian."""
+
+    changes: Changes = field(default_factory=dict)
+    """Statistics by tensor, where they were asked for."""
 
     def conflict(self) -> str | None:
         size = len(self.digests)
         return f"{size} bytes are no digests of 8 bytes" if size % 8 else None
-
-
-@dataclass(frozen=True, slots=True)
-class Staged(Message):
-    """The receiver holds all data and votes for the commit."""
-
-    from_receiver = True
-
-    seconds: Annotated[dict[str, float], _phases]
-    """How long each phase took there."""
-
-    changes: Annotated[dict[str, ChangeStatistics], _changes] = field(default_factory=dict)
-    """Statistics by tensor, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +331,18 @@ class Failure(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Beat(Message):
+    """This end is alive. Said every `Settings.heartbeat_interval_s`, and never answered."""
+
+    from_sender = True
+    from_receiver = True
+
+    state: Annotated[str, one_of(*SyncState)]
+    waits_for: Annotated[str, text(256)] = ""
+    """Whom or what it waits for, for messages and flight records."""
+
+
+@dataclass(frozen=True, slots=True)
 class Close(Message):
     """This end leaves the session for good."""
 
@@ -373,17 +361,21 @@ MESSAGES: dict[str, type[Message]] = {
         Hello,
         Welcome,
         Refused,
+        Assemble,
+        Present,
+        Connect,
+        Connected,
         Offer,
         Proceed,
         Ready,
         NeedManifest,
         NoChange,
-        Moved,
         Staged,
         Commit,
         Committed,
         Cancel,
         Failure,
+        Beat,
         Close,
     )
 }

@@ -1,17 +1,18 @@
-"""A receiver's end of a session: comes, agrees, takes messages and answers them."""
+"""A receiver's end of a session: comes, joins communicators, takes messages and answers them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from packedcomm.communicators import Communicator, GlooCommunicator, NcclCommunicator
 from packedcomm.communicators.listener import Address
 from packedcomm.errors import (
+    ContextLost,
     DeadlineExceeded,
     PackedCommError,
     PeerLost,
@@ -24,15 +25,21 @@ from packedcomm.session.base import SessionEnd, deadline_after
 from packedcomm.session.control import ReceiverChannel
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.messages import (
+    Assemble,
+    Beat,
     Cancel,
     Close,
+    Connect,
+    Connected,
     Failure,
     Message,
+    Present,
     Refused,
     Transport,
     Welcome,
 )
 from packedcomm.session.remote_errors import described, remote_error
+from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
@@ -41,7 +48,7 @@ __all__ = ["ReceiverSession"]
 class ReceiverSession(SessionEnd):
     """A receiver's end of a session; a context manager. Make one with `Session.connect`.
 
-    Belongs to one thread at a time; only `abort` may be called from another.
+    Belongs to one thread at a time; `abort`, `failure` and `state` are for any.
     """
 
     _role: ClassVar[str] = "the receiver"
@@ -55,33 +62,42 @@ class ReceiverSession(SessionEnd):
         hello = agreement.own_hello(device, settings)
         deadline = deadline_after(settings.connect_timeout_s)
         self.address = address
-        self._inbox: deque[tuple[int, Message]] = deque()
+        self.rank, self.world_size = 0, 0
+        # Messages that nobody has taken yet, and what came instead of one.
+        self._inbox: deque[tuple[int, Message | ProtocolError]] = deque()
         self._number = 0
         self._left: str | None = None
+        self._heard = time.monotonic()
+        self._sender_state = SyncState.IDLE
+        self._sender_waits_for = ""
         self._channel: ReceiverChannel = ReceiverChannel(address, secret, settings, deadline)
         try:
             self._channel.send(encode(hello, 0, settings))
             welcome = self._await_welcome(deadline)
-            self.epoch = welcome.epoch
-            self.rank, self.world_size = welcome.rank, welcome.world_size
-            self.wire_format = welcome.wire_format
-            self.buffer_size_bytes = welcome.buffer_size_bytes
-            self._transport = welcome.transport
-            self._communicator = self._warm_up(self._join(welcome, deadline), deadline)
-        except BaseException as error:
-            if isinstance(error, PackedCommError):
-                with contextlib.suppress(PackedCommError):
-                    failure = Failure(*described(error))
-                    self._channel.send(encode(failure, self._number, settings))
+        except BaseException:
             self._channel.close()
             raise
+        self.epoch = welcome.epoch
+        self.rank, self.world_size = welcome.rank, welcome.world_size
+        self.wire_format = welcome.wire_format
+        self.buffer_size_bytes = welcome.buffer_size_bytes
+        self._transport = welcome.transport
+        self.decided = welcome.decided
+        """Number of the last sync of this epoch that had been committed when this end came."""
         self._closed = False
+        self.flight.note("welcome", rank=self.rank, decided=self.decided)
+        self.start_supervisor()
 
     @property
     def communicator(self) -> Communicator:
-        """As `SessionEnd.communicator`."""
+        """The communicator of all ranks; the sender is rank 0. The session ends it.
+
+        Raises:
+            SessionStateError: there is none: `receive` connects it before the first sync.
+        """
         self._check_open("communicator")
-        assert self._communicator is not None
+        if self._communicator is None:
+            raise SessionStateError("communicator on the receiver: none is connected yet")
         return self._communicator
 
     @property
@@ -90,36 +106,56 @@ class ReceiverSession(SessionEnd):
         assert self._transport is not None
         return self._transport
 
+    @property
+    def lasts(self) -> bool:
+        """Whether more can come from the sender."""
+        return self._ended is None and self._left is None and not self._channel.lost
+
+    @property
+    def silent(self) -> DeadlineExceeded | None:
+        """The error of a sender that hasn't been heard for too long: it is stopped or hangs."""
+        return self._silent()
+
     def receive(self, timeout_s: float | None = None) -> Message:
         """The sender's next message, in the order in which they were sent.
 
-        `Cancel` and `Close` are messages too. After `Close` there is nothing more to come.
+        Joins the communicator when the sender says so. `Cancel` and `Close` are messages too. After
+        `Close` there is nothing more to come.
 
         Args:
             timeout_s: deadline in seconds; None waits for as long as the sender is there.
 
         Raises:
-            DeadlineExceeded: nothing came.
+            DeadlineExceeded: nothing came, or the sender is stopped.
             PeerLost: the sender's process has ended, or the connection to it.
             ProtocolError: what came isn't a sender's message.
             SessionStateError: the session is closed, on either side, or was aborted.
+            RendezvousTimeout, NcclError, RemoteError, ...: a communicator couldn't be connected;
+                the session goes on.
         """
         deadline = deadline_after(timeout_s)
         while True:
             self._check_open("receive")
             if self._inbox:
                 self._number, message = self._inbox.popleft()
+                if isinstance(message, ProtocolError):
+                    raise message
                 if isinstance(message, Close):
                     self._left = message.reason
-                return message
+                if not isinstance(message, Assemble):
+                    return message
+                self._join(message)
+                continue
             if self._left is not None:
                 raise SessionStateError(f"receive: the sender has left the session: {self._left}")
             if self._channel.lost:
                 raise PeerLost(f"{self._whom()} has ended the connection")
+            if (silent := self._silent()) is not None:
+                raise silent
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise DeadlineExceeded(f"{self._whom()} has said nothing within {timeout_s:.3g} s")
-            self._take(remaining)
+            self._pump(remaining)
 
     def reply(self, message: Message) -> None:
         """Answer the message that `receive` returned last.
@@ -139,52 +175,89 @@ class ReceiverSession(SessionEnd):
 
         Args:
             error: what happened.
-            ended: whether this receiver can't take part in the session any more; then the sender
-                raises the error at whatever it asks later, too.
+            ended: whether this receiver can't take part in the session any more.
         """
         with contextlib.suppress(PackedCommError):
             self.reply(Failure(*described(error), ended))
 
-    def failure(self) -> PackedCommError | None:
-        """What has ended the sync that is under way, or None; looks and doesn't wait.
-
-        Returns:
-            The error of a `Cancel` that has come, which `receive` will still return; a `PeerLost`
-            if the sender has gone or closed; a `SessionStateError` if this end was aborted.
-        """
-        if self._ended is not None:
-            return SessionStateError(f"{self._role}: {self._ended}")
-        try:
-            self._take(0.0)
-        except PackedCommError as error:
-            return error
-        for _, message in self._inbox:
+    def _failed(self) -> PackedCommError | None:
+        for _, message in list(self._inbox):
+            if isinstance(message, ProtocolError):
+                return message
             if isinstance(message, Cancel):
                 return remote_error(message, "cancelled by the sender")
             if isinstance(message, Close):
                 return PeerLost(f"{self._whom()} has left the session: {message.reason}")
+        if self._left is not None:
+            return PeerLost(f"{self._whom()} has left the session: {self._left}")
         if self._channel.lost:
-            return PeerLost(f"{self._whom()} has ended the connection")
-        return None
+            return PeerLost(f"{self._whom()} has ended the connection{self._during()}")
+        return self._silent()
+
+    def _silent(self) -> DeadlineExceeded | None:
+        silence = time.monotonic() - self._heard
+        if silence <= self.settings.heartbeat_timeout_s:
+            return None
+        return DeadlineExceeded(
+            f"{self._whom()} has been silent for {silence:.1f} s{self._during()}: its process is "
+            "stopped or hangs"
+        )
+
+    def _during(self) -> str:
+        return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
 
     def _take(self, timeout_s: float) -> None:
         for frame in self._channel.wait(timeout_s):
-            number, message = decode(frame, self.settings)
-            if not message.from_sender:
-                raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
-            self._inbox.append((number, message))
+            self._heard = time.monotonic()
+            message: Message | ProtocolError
+            try:
+                number, message = decode(frame, self.settings)
+                if not message.from_sender:
+                    raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
+            except ProtocolError as error:
+                number, message = self._number, error
+            if isinstance(message, Beat):
+                self._sender_state = SyncState(message.state)
+                self._sender_waits_for = message.waits_for
+            else:
+                self._inbox.append((number, message))
+
+    def _give_more_time(self, seconds: float) -> None:
+        self._heard += seconds
+
+    def _say_to_all(self, message: Message) -> None:
+        with contextlib.suppress(PackedCommError):
+            number = 0 if isinstance(message, Beat) else self._number
+            self._channel.send(encode(message, number, self.settings))
+
+    def _peers(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "rank": 0,
+                "name": self._whom(),
+                "state": str(self._sender_state),
+                "waits_for": self._sender_waits_for,
+                "silent_s": round(time.monotonic() - self._heard, 3),
+                "lost": self._left or ("the connection has ended" if self._channel.lost else None),
+            }
+        ]
+
+    def _waited_for(self) -> list[dict[str, Any]]:
+        return [] if self.state is SyncState.AGREED else self._peers()
 
     def _await_welcome(self, deadline: float) -> Welcome:
         while not self._inbox:
             if self._channel.lost:
-                raise PeerLost(f"{self._whom()} has ended the connection before all were there")
+                raise PeerLost(f"{self._whom()} has ended the connection before it has answered")
             if time.monotonic() >= deadline:
                 raise RendezvousTimeout(
-                    f"{self._whom()} has not begun the session within "
-                    f"{self.settings.connect_timeout_s:.3g} s: other receivers may be missing"
+                    f"{self._whom()} has not answered within "
+                    f"{self.settings.connect_timeout_s:.3g} s"
                 )
-            self._take(deadline - time.monotonic())
+            self._pump(deadline - time.monotonic())
         self._number, message = self._inbox.popleft()
+        if isinstance(message, ProtocolError):
+            raise message
         if isinstance(message, Refused):
             raise remote_error(message, f"refused by {self._whom()}")
         if isinstance(message, Close):
@@ -193,32 +266,67 @@ class ReceiverSession(SessionEnd):
             raise ProtocolError(f"{self._whom()} has answered Hello with {type(message).__name__}")
         return message
 
-    def _join(self, welcome: Welcome, deadline: float) -> Communicator:
+    def _join(self, assemble: Assemble) -> None:
+        """Connect another communicator, together with all other members."""
+        self.flight.note("assemble", rank=assemble.rank, world_size=assemble.world_size)
+        try:
+            self.drop_communicator("the members of the session have changed")
+            self.reply(Present())
+            message = self._await_connect()
+            if message is None:
+                return
+            self.rank, self.world_size = assemble.rank, assemble.world_size
+            deadline = deadline_after(self.settings.connect_timeout_s)
+            self._adopt(self._warm_up(self._connect(message, deadline), deadline))
+            self.reply(Connected())
+        except PackedCommError as error:
+            cause = self.phases.interruption or self._failed()
+            if cause is None:
+                self.fail(error, ended=isinstance(error, ContextLost))
+                raise
+            raise cause from error
+
+    def _await_connect(self) -> Connect | None:
+        """The sender's word that everybody is present; None if it has given that up."""
+        deadline = deadline_after(self.settings.agree_timeout_s)
+        while not self._inbox:
+            self._check_failure()
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"{self._whom()} has not let this end connect within "
+                    f"{self.settings.agree_timeout_s:.3g} s: another receiver may be busy"
+                )
+            self._pump(deadline - time.monotonic())
+        if isinstance(self._inbox[0][1], Connect):
+            self._number, message = self._inbox.popleft()
+            assert isinstance(message, Connect)
+            return message
+        return None
+
+    def _connect(self, message: Connect, deadline: float) -> Communicator:
         remaining = max(0.1, deadline - time.monotonic())
-        if welcome.transport == "nccl":
+        if message.unique_id:
             return NcclCommunicator.from_unique_id(
-                welcome.unique_id,
-                welcome.rank,
-                welcome.world_size,
+                message.unique_id,
+                self.rank,
+                self.world_size,
                 device=self.device,
                 timeout_s=remaining,
                 settings=self.settings,
+                check=self._check_failure,
             )
-        meeting = Address.parse(welcome.address)
+        meeting = Address.parse(message.address)
         if meeting.all_interfaces:
             # Only this end knows by which address it reaches the sender's machine.
             meeting = Address(self._channel.reached, meeting.port)
         return GlooCommunicator.connect(
             str(meeting),
-            welcome.rank,
-            welcome.world_size,
+            self.rank,
+            self.world_size,
             timeout_s=remaining,
             settings=self.settings,
+            check=self._check_failure,
         )
 
     def _whom(self) -> str:
         return f"the sender at {self.address}"
-
-    def _farewell(self, message: Message) -> None:
-        with contextlib.suppress(PackedCommError):
-            self._channel.send(encode(message, self._number, self.settings))

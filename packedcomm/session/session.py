@@ -38,10 +38,12 @@ class Session:
     ) -> SenderSession:
         """The sender's end. Listens at once; waits for the receivers at its first use.
 
+        Receivers that come later take part from the next sync on.
+
         Args:
             address: "host:port" of this machine, bound exactly; port 0 lets the system choose, and
                 the session's `address` says what it chose.
-            receivers: how many there will be.
+            receivers: how many to wait for before the first sync.
             secret: what receivers prove to have, at least 16 characters; None only on loopback
                 addresses, where every process of the machine is trusted then.
             device: where the data is; None is the current GPU if there is one, else the CPU.
@@ -70,7 +72,9 @@ class Session:
         device: torch.device | str | int | None = None,
         settings: Settings = DEFAULTS,
     ) -> ReceiverSession:
-        """A receiver's end. Returns once all receivers have come and the communicator is connected.
+        """A receiver's end. Returns once the sender has taken it in.
+
+        The communicator is connected later, by `receive`, when the sender begins its next sync.
 
         Args:
             address: the sender's, "host:port"; the sender may come later.
@@ -79,13 +83,12 @@ class Session:
         Raises:
             ArgumentError: an argument is malformed or out of range.
             CudaError: there is no such GPU.
-            RendezvousTimeout: the sender or another receiver didn't come within
-                `Settings.connect_timeout_s`.
+            RendezvousTimeout: the sender didn't come within `Settings.connect_timeout_s`.
             AuthenticationError: the sender has another secret.
-            ConfigMismatch: some ranks are on GPUs and some on CPUs.
+            ConfigMismatch: the sender is on a GPU and this end on a CPU, or the other way round.
             VersionMismatch: versions of packedcomm or NCCL differ.
-            SessionStateError: the session has all its receivers already.
             PeerLost: the sender ended meanwhile.
-            NcclError, ProtocolError, RemoteError: the communicator couldn't be connected.
+            NcclError: no usable NCCL library.
+            ProtocolError: what listens there isn't a sender of packedcomm's.
         """
         return ReceiverSession(address, secret, choose_device(device), settings)

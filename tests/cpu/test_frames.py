@@ -17,17 +17,21 @@ from packedcomm.results import ChangeStatistics
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.messages import (
     MESSAGES,
+    Assemble,
+    Beat,
     Cancel,
     Close,
     Commit,
     Committed,
+    Connect,
+    Connected,
     Failure,
     Hello,
     Message,
-    Moved,
     NeedManifest,
     NoChange,
     Offer,
+    Present,
     Proceed,
     Ready,
     Refused,
@@ -35,6 +39,7 @@ from packedcomm.session.messages import (
     Staged,
     Welcome,
 )
+from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings
 
 counts = st.integers(0, (1 << 63) - 1)
@@ -65,30 +70,22 @@ hellos = st.builds(
     st.lists(st.integers(1, 9), min_size=1, max_size=16).map(tuple),
 )
 formats = st.sampled_from(["vllm", "native"])
-welcomes = st.one_of(
-    st.builds(
-        Welcome,
-        short_names,
-        st.integers(1, 4),
-        st.integers(5, 1 << 40),
-        st.just("nccl"),
-        st.binary(min_size=128, max_size=128),
-        st.just(""),
-        st.integers(1, 1 << 60),
-        formats,
-    ),
-    st.builds(
-        Welcome,
-        short_names,
-        st.integers(1, 4),
-        st.integers(5, 1 << 40),
-        st.just("gloo"),
-        st.just(b""),
-        short_names,
-        st.integers(1, 1 << 60),
-        formats,
-    ),
+welcomes = st.builds(
+    Welcome,
+    short_names,
+    st.integers(1, 4),
+    st.integers(5, 1 << 40),
+    st.sampled_from(["nccl", "gloo"]),
+    formats,
+    st.integers(1, 1 << 60),
+    counts,
 )
+connects = st.one_of(
+    st.builds(Connect, st.binary(min_size=128, max_size=128)),
+    st.builds(Connect, st.just(b""), short_names),
+)
+states = st.sampled_from([str(state) for state in SyncState])
+digest_bytes = st.integers(0, 20).flatmap(lambda n: st.binary(min_size=8 * n, max_size=8 * n))
 changes = st.dictionaries(
     short_names, st.builds(ChangeStatistics, any_floats, any_floats, any_floats, counts)
 )
@@ -97,19 +94,31 @@ messages = st.one_of(
     hellos,
     welcomes,
     st.builds(Refused, kinds, texts),
-    st.builds(Offer, versions, st.text("0123456789abcdef", min_size=64, max_size=64), texts),
+    st.builds(Assemble, st.integers(1, 4), st.integers(5, 1 << 40)),
+    st.builds(Present),
+    connects,
+    st.builds(Connected),
+    st.builds(
+        Offer,
+        versions,
+        st.text("0123456789abcdef", min_size=64, max_size=64),
+        texts,
+        counts,
+        st.integers(1, 1 << 60),
+        st.sampled_from(["always", "staged", "never"]),
+        st.booleans(),
+        st.booleans(),
+    ),
     st.builds(Proceed, versions),
-    st.builds(Ready, st.none() | st.lists(regions, max_size=20).map(tuple)),
+    st.builds(Ready, st.booleans(), st.none() | st.lists(regions, max_size=20).map(tuple)),
     st.builds(NeedManifest),
     st.builds(NoChange, versions, versions),
-    st.builds(
-        Moved, st.integers(0, 20).flatmap(lambda n: st.binary(min_size=8 * n, max_size=8 * n))
-    ),
-    st.builds(Staged, seconds, changes),
+    st.builds(Staged, seconds, digest_bytes, changes),
     st.builds(Commit, versions),
     st.builds(Committed, versions),
     st.builds(Cancel, kinds, texts, texts),
     st.builds(Failure, kinds, texts, texts, st.booleans()),
+    st.builds(Beat, states, texts),
     st.builds(Close, texts, st.booleans()),
 )
 numbers = st.integers(0, (1 << 64) - 1)
@@ -224,7 +233,7 @@ def test_a_frame_above_the_cap_is_neither_made_nor_read():
 
 def test_more_entries_than_tensors_are_allowed_are_refused():
     region = Region(0, (), (), "int8", 1.0)
-    frame = encode(Ready((region,) * 200))
+    frame = encode(Ready(True, (region,) * 200))
     with pytest.raises(ProtocolError, match="max_array_len"):
         decode(frame, Settings(max_tensors=100))
 
@@ -246,7 +255,8 @@ def _wire(name: str, *values: object) -> bytes:
 
 _REGION = [0, [0], [4], "float32", 1.0]
 _HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1]]
-_WELCOME = ["e", 1, 2, "gloo", b"", "h:1", 1, "native"]
+_WELCOME = ["e", 1, 2, "gloo", "native", 1, 0]
+_OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True]
 
 
 def _with(values: list[object], index: int, value: object) -> list[object]:
@@ -254,7 +264,7 @@ def _with(values: list[object], index: int, value: object) -> list[object]:
 
 
 def test_the_frames_that_the_bad_ones_are_made_from_are_good():
-    assert decode(_wire("Ready", [_REGION]))[1].regions[0].dtype == "float32"
+    assert decode(_wire("Ready", True, [_REGION]))[1].regions[0].dtype == "float32"
     assert decode(_wire("Hello", *_HELLO))[1].device == "cpu"
     assert decode(_wire("Welcome", *_WELCOME))[1].rank == 1
 
@@ -274,31 +284,40 @@ BAD = {
     "a version above 63 bits": _wire("Commit", 1 << 63),
     "text as bytes": _wire("Close", b"reason", True),
     "text that is not UTF-8": _wire("Close", "", True).replace(b"\xa0", b"\xa1\xff"),
-    "a digest that is short": _wire("Offer", 1, "abc", "", False, False, True),
-    "a flag that is a number": _wire("Offer", 1, "a" * 64, "", 1, False, True),
-    "part of a digest": _wire("Moved", b"1234567"),
-    "digests that are no bytes": _wire("Moved", 3),
-    "nesting": _wire("Moved", [[1]]),
-    "a region with a negative offset": _wire("Ready", [_with(_REGION, 1, [-1])]),
-    "a region with two ranks": _wire("Ready", [_with(_REGION, 1, [0, 0])]),
-    "a region whose shape overflows": _wire("Ready", [_with(_REGION, 2, [(1 << 63) - 1])]),
-    "a region that ends beyond 63 bits": _wire("Ready", [_with(_REGION, 1, [(1 << 63) - 1])]),
-    "a region of an unknown dtype": _wire("Ready", [_with(_REGION, 3, "float31")]),
-    "a region whose scale is NaN": _wire("Ready", [_with(_REGION, 4, math.nan)]),
-    "a region whose scale is infinite": _wire("Ready", [_with(_REGION, 4, math.inf)]),
-    "a region whose scale is an integer": _wire("Ready", [_with(_REGION, 4, 1)]),
-    "a region with 65 dimensions": _wire("Ready", [[0, [0] * 65, [1] * 65, "int8", 1.0]]),
-    "a region that is a number": _wire("Ready", [3]),
-    "seconds that are NaN": _wire("Staged", [["wire", math.nan]], []),
-    "seconds that are negative": _wire("Staged", [["wire", -1.0]], []),
-    "seconds under one name twice": _wire("Staged", [["wire", 1.0], ["wire", 1.0]], []),
-    "seconds without a name": _wire("Staged", [[1.0]], []),
-    "seconds under an array": _wire("Staged", [[["wire"], 1.0]], []),
-    "too many phases": _wire("Staged", [[f"p{i}", 1.0] for i in range(65)], []),
-    "changes with a count that is a float": _wire("Staged", [], [["w", [1.0, 2.0, 3.0, 4.0]]]),
-    "changes with a negative count": _wire("Staged", [], [["w", [1.0, 2.0, 3.0, -1]]]),
-    "changes with an integer": _wire("Staged", [], [["w", [1, 2.0, 3.0, 1]]]),
-    "changes of a tensor without a name": _wire("Staged", [], [["", [1.0, 2.0, 3.0, 1]]]),
+    "a digest that is short": _wire("Offer", *_with(_OFFER, 1, "abc")),
+    "a flag that is a number": _wire("Offer", *_with(_OFFER, 6, 1)),
+    "an offer that verifies somehow": _wire("Offer", *_with(_OFFER, 5, "maybe")),
+    "an offer without buffers": _wire("Offer", *_with(_OFFER, 4, 0)),
+    "part of a digest": _wire("Staged", [], b"1234567", []),
+    "digests that are no bytes": _wire("Staged", [], 3, []),
+    "nesting": _wire("Staged", [], [[1]], []),
+    "a Beat in an unknown state": _wire("Beat", "asleep", ""),
+    "a Beat that waits for many": _wire("Beat", "idle", "x" * 300),
+    "a Connect to nobody": _wire("Connect", b"", ""),
+    "a Connect to two at once": _wire("Connect", b"x" * 128, "h:1"),
+    "a Connect with a long unique id": _wire("Connect", b"x" * 129, ""),
+    "an Assemble as the sender": _wire("Assemble", 0, 2),
+    "an Assemble outside the world": _wire("Assemble", 2, 2),
+    "a region with a negative offset": _wire("Ready", True, [_with(_REGION, 1, [-1])]),
+    "a region with two ranks": _wire("Ready", True, [_with(_REGION, 1, [0, 0])]),
+    "a region whose shape overflows": _wire("Ready", True, [_with(_REGION, 2, [(1 << 63) - 1])]),
+    "a region that ends beyond 63 bits": _wire("Ready", True, [_with(_REGION, 1, [(1 << 63) - 1])]),
+    "a region of an unknown dtype": _wire("Ready", True, [_with(_REGION, 3, "float31")]),
+    "a region whose scale is NaN": _wire("Ready", True, [_with(_REGION, 4, math.nan)]),
+    "a region whose scale is infinite": _wire("Ready", True, [_with(_REGION, 4, math.inf)]),
+    "a region whose scale is an integer": _wire("Ready", True, [_with(_REGION, 4, 1)]),
+    "a region with 65 dimensions": _wire("Ready", True, [[0, [0] * 65, [1] * 65, "int8", 1.0]]),
+    "a region that is a number": _wire("Ready", True, [3]),
+    "seconds that are NaN": _wire("Staged", [["wire", math.nan]], b"", []),
+    "seconds that are negative": _wire("Staged", [["wire", -1.0]], b"", []),
+    "seconds under one name twice": _wire("Staged", [["wire", 1.0], ["wire", 1.0]], b"", []),
+    "seconds without a name": _wire("Staged", [[1.0]], b"", []),
+    "seconds under an array": _wire("Staged", [[["wire"], 1.0]], b"", []),
+    "too many phases": _wire("Staged", [[f"p{i}", 1.0] for i in range(65)], b"", []),
+    "changes with a count that is a float": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, 4.0]]]),
+    "changes with a negative count": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, -1]]]),
+    "changes with an integer": _wire("Staged", [], b"", [["w", [1, 2.0, 3.0, 1]]]),
+    "changes of a tensor without a name": _wire("Staged", [], b"", [["", [1.0, 2.0, 3.0, 1]]]),
     "a Hello of an unknown device": _wire("Hello", *_with(_HELLO, 3, "tpu")),
     "a Hello without a version": _wire("Hello", *_with(_HELLO, 0, "")),
     "a Hello without byte formats": _wire("Hello", *_with(_HELLO, 6, [])),
@@ -306,12 +325,9 @@ BAD = {
     "a Welcome as the sender": _wire("Welcome", *_with(_WELCOME, 1, 0)),
     "a Welcome outside the world": _wire("Welcome", *_with(_WELCOME, 1, 2)),
     "a Welcome to an unknown transport": _wire("Welcome", *_with(_WELCOME, 3, "mpi")),
-    "a Welcome to Gloo with a unique id": _wire("Welcome", *_with(_WELCOME, 4, b"x" * 128)),
-    "a Welcome to Gloo without an address": _wire("Welcome", *_with(_WELCOME, 5, "")),
-    "a Welcome to NCCL without a unique id": _wire("Welcome", *_with(_WELCOME, 3, "nccl")),
-    "a Welcome with a long unique id": _wire("Welcome", *_with(_WELCOME, 4, b"x" * 129)),
-    "a Welcome without buffers": _wire("Welcome", *_with(_WELCOME, 6, 0)),
-    "a Welcome in an unknown format": _wire("Welcome", *_with(_WELCOME, 7, "zip")),
+    "a Welcome without buffers": _wire("Welcome", *_with(_WELCOME, 5, 0)),
+    "a Welcome in an unknown format": _wire("Welcome", *_with(_WELCOME, 4, "zip")),
+    "a Welcome before any sync": _wire("Welcome", *_with(_WELCOME, 6, -1)),
     "an error kind that is long": _wire("Failure", "x" * 65, "", "", False),
     "a traceback that is long": _wire("Failure", "x", "", "x" * ((1 << 18) + 1), False),
 }
@@ -329,11 +345,11 @@ def test_a_message_that_breaks_a_rule_cannot_be_made():
     for make in (
         lambda: Commit("1"),
         lambda: Close("\ud800"),
-        lambda: Moved([1]),
+        lambda: Connect(b"x"),
         lambda: Staged({"wire": 1}),
-        lambda: Ready((None,)),
+        lambda: Ready(True, (None,)),
     ):
-        with pytest.raises(ProtocolError, match=r"^(Commit|Close|Moved|Staged|Ready)\."):
+        with pytest.raises(ProtocolError, match=r"^(Commit|Close|Connect|Staged|Ready)(\.|:)"):
             make()
 
 

@@ -9,30 +9,24 @@ from typing import Any
 
 from packedcomm import Session, Settings, WeightReceiver
 from packedcomm.session import ReceiverSession, SenderSession
-
-QUICK = Settings(connect_timeout_s=20.0, operation_timeout_s=10.0)
+from tests.helpers.sessions import QUICK
 
 
 @contextmanager
-def sessions(receivers: int) -> Iterator[tuple[SenderSession, list[ReceiverSession]]]:
-    """A session between CPUs: the sender's end and all receivers' ends."""
-    ends: list[ReceiverSession] = []
+def sessions(
+    receivers: int, settings: Settings = QUICK
+) -> Iterator[tuple[SenderSession, list[ReceiverSession]]]:
+    """A session between CPUs: the sender's end and all receivers' ends, in the order of ranks."""
     with ExitStack() as stack:
-        sender = Session.listen("127.0.0.1:0", receivers=receivers, device="cpu", settings=QUICK)
-        stack.enter_context(sender)
+        sender = stack.enter_context(
+            Session.listen("127.0.0.1:0", receivers=receivers, device="cpu", settings=settings)
+        )
+        yield sender, [stack.enter_context(join(sender)) for _ in range(receivers)]
 
-        def connect() -> None:
-            ends.append(Session.connect(sender.address, device="cpu", settings=QUICK))
 
-        threads = [threading.Thread(target=connect) for _ in range(receivers)]
-        for thread in threads:
-            thread.start()
-        sender.wait()
-        for thread in threads:
-            thread.join(20)
-        for end in sorted(ends, key=lambda end: end.rank):
-            stack.enter_context(end)
-        yield sender, sorted(ends, key=lambda end: end.rank)
+def join(sender: SenderSession) -> ReceiverSession:
+    """One more receiver's end."""
+    return Session.connect(sender.address, device="cpu", settings=sender.settings)
 
 
 class Round:

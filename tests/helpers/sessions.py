@@ -11,7 +11,13 @@ from packedcomm.settings import Settings
 from tests.helpers.ranks import AddressBox
 
 SECRET = "correct horse battery staple"
-QUICK = Settings(connect_timeout_s=20.0, operation_timeout_s=10.0)
+QUICK = Settings(
+    connect_timeout_s=20.0,
+    operation_timeout_s=10.0,
+    agree_timeout_s=10.0,
+    move_timeout_s=10.0,
+    commit_timeout_s=10.0,
+)
 DIGEST = "0" * 64
 
 

@@ -32,7 +32,13 @@ from tests.helpers.scenarios import device_of, empty_like
 from tests.helpers.tensors import digests, odd_tensors
 
 SECRET = "sixteen and more characters"
-SETTINGS = Settings(connect_timeout_s=60.0, operation_timeout_s=30.0)
+SETTINGS = Settings(
+    connect_timeout_s=60.0,
+    operation_timeout_s=30.0,
+    agree_timeout_s=30.0,
+    move_timeout_s=30.0,
+    commit_timeout_s=30.0,
+)
 
 
 class Meeting:

@@ -19,6 +19,7 @@ from packedcomm.errors import (
     AuthenticationError,
     ConfigMismatch,
     DeadlineExceeded,
+    PackedCommError,
     PeerLost,
     RendezvousTimeout,
     SessionStateError,
@@ -29,10 +30,10 @@ from packedcomm.session.messages import (
     Close,
     Commit,
     Committed,
-    Moved,
     NeedManifest,
     NoChange,
     Offer,
+    Proceed,
     Ready,
     Staged,
 )
@@ -59,18 +60,22 @@ def _round_trips(rank, world_size, box, secret):
             session.wire_format,
             session.buffer_size_bytes,
         )
+        if rank:
+            session.reply(Ready()) if session.receive(20) == Proceed(1) else None
         assert session.rank == session.communicator.rank
         assert session.communicator.world_size == world_size
+        if rank == 0:
+            session.ask(Proceed(1), Ready)
         tensor = torch.full((5,), float(rank))
         session.communicator.broadcast(tensor, 0)
         assert tensor.tolist() == [0.0] * 5
         if rank:
-            answers = {Offer: Ready(), Moved: Staged({"wire": float(session.rank)})}
+            answers = {Offer: Ready(), Proceed: Staged({"wire": float(session.rank)})}
             came = serve(session, answers | {Commit: Committed(7)})
             return facts, session.rank, came
         ready = session.ask(Offer(7, DIGEST, "{}"), (Ready, NeedManifest))
-        each = [Moved(bytes(8) * r) for r in range(1, world_size)]
-        staged = session.ask(each, Staged)
+        session.tell([Proceed(r) for r in range(1, world_size)])
+        staged = session.answers(Staged, "the data")
         session.tell(NoChange(8, 7))
         committed = session.ask(Commit(7), Committed)
     return facts, ready, [s.seconds["wire"] for s in staged], committed
@@ -89,17 +94,28 @@ def test_questions_reach_every_receiver_and_answers_come_by_rank(world_size, sec
     for theirs, rank, came in receivers:
         assert theirs == facts
         assert came[0] == Offer(7, DIGEST, "{}")
-        assert came[1:4] == [Moved(bytes(8) * rank), NoChange(8, 7), Commit(7)]
+        assert came[1:4] == [Proceed(rank), NoChange(8, 7), Commit(7)]
         assert [type(message) for message in came[4:]] == [Close]
+
+
+def _broadcast_once(session):
+    """One broadcast, for which a receiver has to be where it connects."""
+    tensor = torch.full((3,), float(session.rank))
+    if session.rank:
+        assert session.receive(20) == Proceed(1)
+        session.reply(Ready())
+    else:
+        session.ask(Proceed(1), Ready)
+    session.communicator.broadcast(tensor, 0)
+    return tensor.tolist()
 
 
 def _on_every_interface(rank, world_size, box):
     with join(box, rank, world_size, host="0.0.0.0") as session:
-        tensor = torch.full((3,), float(rank))
-        session.communicator.broadcast(tensor, 0)
+        values = _broadcast_once(session)
         if rank:
             serve(session, {})
-    return tensor.tolist()
+    return values
 
 
 def test_a_sender_may_listen_on_every_interface_if_asked_by_name():
@@ -107,21 +123,18 @@ def test_a_sender_may_listen_on_every_interface_if_asked_by_name():
 
 
 def _close_without_waiting(rank, world_size, box):
-    session = (
-        raised(lambda: open_session(box, rank, world_size)) if rank else open_session(box, rank, 2)
-    )
-    if rank == 0:
+    with open_session(box, rank, world_size) as session:
+        if rank:
+            return session.receive(20), raised(session.receive)[:2]
         time.sleep(0.5)
-        session.close()
-        return None
-    return session
+    return None
 
 
-def test_a_sender_that_closes_before_it_waited_is_lost():
-    _, (kind, message, seconds) = run_ranks(_close_without_waiting, 2, SessionBox(2))
-    assert kind is PeerLost
-    assert "before all were there" in message
-    assert seconds < 3
+def test_a_sender_may_close_before_it_waited():
+    _, (message, (kind, text)) = run_ranks(_close_without_waiting, 2, SessionBox(2))
+    assert message == Close("closed")
+    assert kind is SessionStateError
+    assert "has left the session: closed" in text
 
 
 HOSTILE = {
@@ -138,9 +151,7 @@ def _hostile_environment(rank, world_size, box):
     os.environ.update(HOSTILE)
     before = dict(os.environ)
     with join(box, rank, world_size) as session:
-        tensor = torch.full((3,), float(rank))
-        session.communicator.broadcast(tensor, 0)
-        facts = session.rank, session.world_size, tensor.tolist()
+        facts = session.rank, session.world_size, _broadcast_once(session)
         if rank:
             session.receive(20)
     assert dict(os.environ) == before
@@ -176,7 +187,10 @@ def _missing_receiver(rank, world_size, box):
     if rank == 2:
         return box.endpoint(rank)
     settings = Settings(connect_timeout_s=1.5 if rank == 0 else 20.0)
-    return raised(lambda: join(box, rank, world_size, settings=settings))
+    if rank == 0:
+        return raised(lambda: join(box, rank, world_size, settings=settings))
+    with join(box, rank, world_size, settings=settings) as session:
+        return session.receive(20)
 
 
 def test_a_missing_receiver_is_counted_and_those_that_came_are_told():
@@ -184,9 +198,8 @@ def test_a_missing_receiver_is_counted_and_those_that_came_are_told():
     assert sender[0] is RendezvousTimeout
     assert "1 of 2 receivers" in sender[1]
     assert sender[2] < 4
-    assert receiver[0] is RendezvousTimeout
-    assert "refused by the sender" in receiver[1]
-    assert receiver[2] < 6
+    assert not receiver.in_order
+    assert "RendezvousTimeout: 1 of 2 receivers came" in receiver.reason
 
 
 def test_a_sender_that_never_comes_is_a_rendezvous_timeout():
@@ -222,7 +235,18 @@ def _claim(rank, world_size, box, claims):
     own = agreement.own_hello(torch.device("cpu"), DEFAULTS)
     hello = dataclasses.replace(own, **claims[rank])
     agreement.own_hello = lambda device, settings: hello
-    return raised(lambda: join(box, rank, world_size))
+
+    def come():
+        with join(box, rank, world_size) as session:
+            message = session.receive(20)
+            return session.receive(20) if not isinstance(message, Close) else message
+
+    began = time.monotonic()
+    try:
+        came = come()
+    except PackedCommError as error:
+        return type(error), str(error), time.monotonic() - began
+    return type(came), came.reason, time.monotonic() - began
 
 
 GPU = {"device": "cuda", "nccl_version": "2.28.9", "nccl_path": "/one/libnccl.so.2"}
@@ -232,7 +256,6 @@ GPU = {"device": "cuda", "nccl_version": "2.28.9", "nccl_path": "/one/libnccl.so
     ("claims", "kind", "parts"),
     [
         ([{}, GPU, {}], ConfigMismatch, ["is on cpu", "on cuda"]),
-        ([GPU, GPU, {}], ConfigMismatch, ["is on cuda", "on cpu"]),
         ([{}, {"package": "9.9"}, {}], VersionMismatch, ["runs packedcomm", "packedcomm 9.9"]),
         ([{}, {}, {"wire_versions": (5,)}], VersionMismatch, ["versions [1]", "versions [5]"]),
         (
@@ -244,38 +267,41 @@ GPU = {"device": "cuda", "nccl_version": "2.28.9", "nccl_path": "/one/libnccl.so
 )
 def test_ranks_that_do_not_fit_are_an_error_everywhere(claims, kind, parts):
     sender, *receivers = run_ranks(_claim, 3, SessionBox(3), claims)
-    for found, message, seconds in (sender, *receivers):
+    fits, misfit = sorted(receivers, key=lambda outcome: outcome[0] is kind)
+    for found, message, seconds in (sender, misfit):
         assert found is kind
         assert all(part in message for part in parts)
         assert seconds < 10
-    assert all("refused by the sender at 127.0.0.1:" in message for _, message, _ in receivers)
+    assert "refused by the sender at 127.0.0.1:" in misfit[1]
+    # It either came before and is told why the session ends, or comes when it has ended.
+    assert fits[0] in (Close, PeerLost, RendezvousTimeout)
 
 
-def _a_receiver_too_many(rank, world_size, box):
-    try:
-        session = join(box, rank, 2)
-    except SessionStateError as error:
-        return str(error)
-    with session:
+def _one_more_receiver(rank, world_size, box):
+    if rank == 2:
+        time.sleep(1)
+    with join(box, rank, 2) as session:
         if rank:
-            return len(serve(session, {Commit: Committed(1)}))
-        # For long enough that the third one comes meanwhile.
-        for _ in range(20):
-            session.ask(Commit(1), Committed)
+            return session.rank, len(serve(session, {Commit: Committed(1)})), session.world_size
+        sizes = []
+        for _ in range(30):
+            session.assemble()
+            sizes.append(len(session.ask(Commit(1), Committed)))
             time.sleep(0.1)
-    return None
+    return sizes
 
 
-def test_a_receiver_too_many_is_refused_and_disturbs_nobody():
-    # Box ranks are processes here: whoever comes first has the place.
-    _, *outcomes = run_ranks(_a_receiver_too_many, 3, SessionBox(3))
-    served, refused = sorted(outcomes, key=lambda outcome: isinstance(outcome, str))
-    assert served == 21
-    assert "has its 1 receivers already" in refused
+def test_a_receiver_may_come_later_and_takes_part_from_then_on():
+    sizes, first, late = run_ranks(_one_more_receiver, 3, SessionBox(3))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 2)
+    assert first == (1, 31, 3)
+    assert late == (2, sizes.count(2) + 1, 3)
 
 
 def _close_twice(rank, world_size, box):
     session = open_session(box, rank, world_size)
+    _broadcast_once(session)
     communicator = session.communicator
     for _ in range(3):
         session.close()
@@ -292,7 +318,7 @@ def test_closing_is_idempotent_and_ends_the_communicator_too():
     for closed, text in run_ranks(_close_twice, 2, SessionBox(2)):
         assert [kind for kind, _ in closed] == [SessionStateError] * 4
         assert all("closed" in message for _, message in closed)
-        assert "ended: the session is closed" in text
+        assert "closed, ended: the session is closed" in text
 
 
 def _deadlines(rank, world_size, box):
@@ -320,10 +346,10 @@ def test_a_session_describes_itself_without_its_secret(tmp_path):
     path.write_text("old")
     session = Session.listen("127.0.0.1:0", receivers=3, secret=SECRET, device="cpu")
     session.write_description(path)
-    session.close()
     written = json.loads(path.read_text())
     assert written == session.describe()
-    assert written["schema_version"] == 1
+    session.close()
+    assert written["schema_version"] == 2
     assert written["address"] == session.address
     assert written["epoch"] == session.epoch
     assert (written["world_size"], written["wire_format"]) == (4, "native")
@@ -341,7 +367,8 @@ def test_every_session_has_an_epoch_of_its_own_and_none_is_forgotten_silently():
     sessions[0].close()
     kept = sessions[1]._channel
     with pytest.warns(ResourceWarning, match="was never closed"):
-        sessions.clear()
+        # Its supervisor may be holding it for the length of a look.
+        sessions.clear() or time.sleep(0.3)
     kept.close()
 
 
@@ -366,7 +393,7 @@ def test_sessions_that_come_and_go_leave_nothing_behind():
 
 
 def _two_at_once(rank, world_size, boxes):
-    with join(boxes[0], rank, 2) as first, join(boxes[1], rank, 2) as second:
+    with open_session(boxes[0], rank, 2) as first, open_session(boxes[1], rank, 2) as second:
         if rank:
             second.receive(20)
             second.reply(Committed(2))

@@ -26,6 +26,7 @@ from packedcomm.session.messages import (
     Committed,
     NeedManifest,
     Offer,
+    Proceed,
     Ready,
 )
 from tests.helpers.operations import raised
@@ -251,11 +252,13 @@ def test_a_sender_that_aborts_says_why():
 
 def _abort_from_another_thread(rank, world_size, box):
     session = open_session(box, rank, world_size)
-    session.communicator  # noqa: B018  (waits for all)
     if rank == 0:
-        time.sleep(0.5)
+        session.tell(Proceed(1))
+        while session.failure() is None:
+            time.sleep(0.01)
         stopped = session.failure()
         return type(stopped), str(stopped), session.close()
+    session.receive(20)
     timer = threading.Timer(0.2, session.abort, ["enough"])
     timer.start()
     outcome = raised(session.receive)

@@ -1,0 +1,284 @@
+"""What a sender says to its receivers and hears from them."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from packedcomm.errors import (
+    ArgumentError,
+    DeadlineExceeded,
+    PackedCommError,
+    ProtocolError,
+)
+from packedcomm.session.base import SessionEnd, deadline_after
+from packedcomm.session.control import SenderChannel
+from packedcomm.session.frames import decode, encode
+from packedcomm.session.members import Member, Members
+from packedcomm.session.messages import Beat, Cancel, Failure, Hello, Message, Refused
+from packedcomm.session.remote_errors import combined, described, remote_error
+from packedcomm.session.states import SyncState
+from packedcomm.settings import Settings
+
+__all__ = ["Dialogue"]
+
+
+class Dialogue(SessionEnd):
+    """The sender's end of a session, as far as it is about messages.
+
+    Args:
+        channel: the sender's.
+        settings, device: as for `SessionEnd`.
+    """
+
+    _role: ClassVar[str] = "the sender"
+
+    def __init__(self, channel: SenderChannel, settings: Settings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        self._channel: SenderChannel = channel
+        self.address = channel.address
+        self.members = Members()
+        # Of the last message sent, and of the last `Cancel`: an answer to an earlier question and a
+        # failure from before a `Cancel` are of no interest any more.
+        self._number = 0
+        self._cancelled = 0
+        self._saying = threading.Lock()
+
+    @abc.abstractmethod
+    def _first_wait(self) -> None:
+        """Wait for the receivers if none has a place yet."""
+
+    @abc.abstractmethod
+    def _take_in(self, peer: bytes, hello: Message) -> None:
+        """Admit a receiver that has just come, or tell it why not."""
+
+    def ask(
+        self,
+        message: Message | Sequence[Message],
+        expect: type[Message] | tuple[type[Message], ...],
+        timeout_s: float | None = None,
+    ) -> list[Message]:
+        """Say something to every receiver and wait for all answers.
+
+        Args:
+            message: the question; or one for each receiver, in the order of their ranks.
+            expect: the kind of answer, or several.
+            timeout_s: deadline in seconds; None is `Settings.agree_timeout_s`.
+
+        Returns:
+            The answers, in the order of the ranks.
+
+        Raises:
+            As `answers`.
+            ProtocolError: the message is too large.
+        """
+        self._first_wait()
+        gone = {m.rank: m.lost for m in self.members.connected if m.lost is not None}
+        if gone:
+            raise self._reported(gone)
+        self.tell(message)
+        return self.answers(expect, _name(message), timeout_s)
+
+    def answers(
+        self,
+        expect: type[Message] | tuple[type[Message], ...],
+        what: str,
+        timeout_s: float | None = None,
+    ) -> list[Message]:
+        """Wait for every receiver's answer to the last message.
+
+        A receiver's failure doesn't cut the wait for the others short, so that none of them is in
+        the middle of something when this raises.
+
+        Args:
+            expect: the kind of answer, or several.
+            what: what was asked, for messages.
+            timeout_s: as for `ask`.
+
+        Raises:
+            PackedCommError: a receiver failed: the same class as there if it is one of
+                packedcomm's, else `RemoteError`. The message names the rank; where several failed
+                all are listed. The cause has the remote traceback.
+            PeerLost: a receiver has left or died.
+            DeadlineExceeded: a receiver hasn't answered, or is stopped.
+            ProtocolError: a receiver answered something else.
+            SessionStateError: the session is closed or was aborted.
+        """
+        seconds = self.settings.agree_timeout_s if timeout_s is None else timeout_s
+        deadline = deadline_after(seconds)
+        members = self.members.connected
+        failures: dict[int, PackedCommError] = {}
+        found: dict[int, Message] = {}
+        while True:
+            for member in members:
+                if member.rank not in found and member.rank not in failures:
+                    answer = self._answer(member, expect, what)
+                    if isinstance(answer, PackedCommError):
+                        failures[member.rank] = answer
+                    elif answer is not None:
+                        found[member.rank] = answer
+            waiting = [m for m in members if m.rank not in found and m.rank not in failures]
+            if not waiting:
+                break
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                for member in waiting:
+                    failures[member.rank] = DeadlineExceeded(
+                        f"{member.name}: no answer to {what} within {seconds:.3g} s"
+                    )
+                break
+            self._check_open(what)
+            self._pump(remaining)
+        if failures:
+            raise self._reported(failures)
+        return [found[rank] for rank in sorted(found)]
+
+    def tell(self, message: Message | Sequence[Message]) -> None:
+        """Say something to every receiver that is still there, without waiting.
+
+        A receiver that has gone is noticed by the next `answers` or `failure`.
+
+        Args:
+            message: as for `ask`.
+
+        Raises:
+            SessionStateError: the session is closed or was aborted.
+            ProtocolError: the message is too large.
+        """
+        self._first_wait()
+        self._check_open(_name(message))
+        self._say(message)
+
+    def cancel(self, error: BaseException) -> None:
+        """Tell every receiver that what is under way is given up, and why; the session goes on.
+
+        Failures that receivers have reported up to here are forgotten. Never raises for receivers
+        that have gone or a session that has ended: the error matters more. May be called from any
+        thread.
+        """
+        if self._ended is not None:
+            return
+        with contextlib.suppress(PackedCommError):
+            self._cancelled = self._say(Cancel(*described(error)))
+
+    def _failed(self) -> PackedCommError | None:
+        failures = {}
+        for member in self.members.connected:
+            found = member.failure_since(self._cancelled)
+            if found is not None:
+                failures[member.rank] = found
+        return combined(failures) if failures else None
+
+    def _reported(self, failures: dict[int, PackedCommError]) -> PackedCommError:
+        error = combined(failures)
+        self._note_reported(error)
+        return error
+
+    def _note_reported(self, error: BaseException) -> None:
+        """The caller gets to know of everybody whom this error names."""
+        for member in self.members:
+            if member.lost is not None and str(member.lost) in str(error):
+                member.reported = True
+
+    def _say(self, message: Message | Sequence[Message]) -> int:
+        """Send to every member with a place; returns the number that answers will have."""
+        members = self.members.connected
+        messages = [message] * len(members) if isinstance(message, Message) else list(message)
+        if len(messages) != len(members):
+            raise ArgumentError(f"{len(messages)} messages for {len(members)} receivers")
+        with self._saying:
+            self._number += 1
+            frames: dict[int, bytes] = {}
+            for member, said in zip(members, messages, strict=True):
+                # One message to all is one frame: with a manifest it has megabytes.
+                if id(said) not in frames:
+                    frames[id(said)] = encode(said, self._number, self.settings)
+                if member.lost is None and not self._channel.send(member.peer, frames[id(said)]):
+                    member.disconnect(self._during())
+            return self._number
+
+    def _take(self, timeout_s: float) -> None:
+        peers = {m.peer for m in self.members.present}
+        frames, gone = self._channel.wait(timeout_s, peers)
+        for peer, frame in frames:
+            member = self.members.get(peer)
+            try:
+                number, message = decode(frame, self.settings)
+                if not message.from_receiver:
+                    raise ProtocolError(f"{type(message).__name__} is not for receivers to say")
+                if member is None:
+                    self._take_in(peer, message)
+                    continue
+                if isinstance(message, Hello):
+                    raise ProtocolError("Hello was said before")
+            except ProtocolError as error:
+                if member is None:
+                    self._refuse(peer, error)
+                    continue
+                number, message = self._number, Failure(*described(error))
+            member.hear(number, message)
+        for peer in gone:
+            if (member := self.members.get(peer)) is not None:
+                member.disconnect(self._during())
+        for member in self.members.present:
+            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
+
+    def _refuse(self, peer: bytes, error: BaseException) -> None:
+        """Tell a peer why the session has no place for it. Never raises."""
+        kind, text, _ = described(error)
+        with contextlib.suppress(PackedCommError):
+            self._channel.send(peer, encode(Refused(kind, text), 0, self.settings))
+
+    def _answer(
+        self, member: Member, expect: type[Message] | tuple[type[Message], ...], what: str
+    ) -> Message | PackedCommError | None:
+        """The receiver's answer to the last question, or why there is none; None is not yet."""
+        while member.inbox:
+            number, message = member.inbox.popleft()
+            if isinstance(message, Failure):
+                if number >= self._cancelled:
+                    return remote_error(message, member.name)
+            elif number == self._number:
+                if isinstance(message, expect):
+                    return message
+                return ProtocolError(
+                    f"{member.name} has answered {what} with {type(message).__name__}"
+                )
+        return member.lost
+
+    def _during(self) -> str:
+        return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
+
+    def _give_more_time(self, seconds: float) -> None:
+        for member in self.members:
+            member.heard += seconds
+
+    def _say_to_all(self, message: Message) -> None:
+        with contextlib.suppress(PackedCommError):
+            number = 0 if isinstance(message, Beat) else self._number
+            frame = encode(message, number, self.settings)
+            for member in self.members.present:
+                if not self._channel.send(member.peer, frame):
+                    member.disconnect(self._during())
+
+    def _peers(self) -> list[dict[str, Any]]:
+        return [member.as_dict() for member in self.members]
+
+    def _waited_for(self) -> list[dict[str, Any]]:
+        """Receivers that are gone or silent, else those that haven't finished."""
+        members = [m for m in self.members if m.connected]
+        late = self.settings.heartbeat_interval_s * 3
+        suspects = [m for m in members if m.lost or time.monotonic() - m.heard > late]
+        unfinished = [m for m in members if not m.inbox]
+        return [m.as_dict() for m in suspects or unfinished]
+
+
+def _name(message: Message | Sequence[Message]) -> str:
+    first = message if isinstance(message, Message) else message[0]
+    return type(first).__name__

@@ -1,0 +1,113 @@
+"""Types of the fields of control messages, each with the rule that its values must keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from packedcomm.errors import ManifestError
+from packedcomm.manifest import DTYPE_SIZES, checked_nbytes
+from packedcomm.results import ChangeStatistics
+from packedcomm.session.rules import Checked, finite, integer, one_of, text, tuple_of
+from packedcomm.settings import DEFAULTS
+
+__all__ = [
+    "MOST",
+    "UNIQUE_ID_BYTES",
+    "Changes",
+    "Count",
+    "LongText",
+    "Region",
+    "Regions",
+    "ShortText",
+    "StageSeconds",
+    "Version",
+]
+
+MOST = (1 << 63) - 1
+UNIQUE_ID_BYTES = 128
+
+# More phases than a sync will ever be timed by.
+MAX_PHASES = 64
+
+
+def _changes(value: Any) -> str | None:
+    if type(value) is not dict or len(value) > DEFAULTS.max_tensors:
+        return f"must map at most {DEFAULTS.max_tensors:,} names to ChangeStatistics"
+    for name, change in value.items():
+        if problem := text(DEFAULTS.max_name_bytes, 1)(name):
+            return f"name {problem}"
+        if type(change) is not ChangeStatistics:
+            return f"{name!r:.80} must have ChangeStatistics"
+        # Weights may hold NaN and infinity, and so may what is computed from them.
+        if any(type(n) is not float for n in (change.mean, change.std, change.maximum)):
+            return f"{name!r:.80} must have three floats"
+        if problem := integer(0, MOST)(change.elements):
+            return f"{name!r:.80} elements {problem}"
+    return None
+
+
+def _phases(value: Any) -> str | None:
+    if type(value) is not dict or len(value) > MAX_PHASES:
+        return f"must map at most {MAX_PHASES} names to seconds"
+    for name, seconds in value.items():
+        if problem := text(64, 1)(name) or finite(0.0)(seconds):
+            return f"{name!r:.80} {problem}"
+    return None
+
+
+Count = Annotated[int, integer(0, MOST)]
+Version = Annotated[int, integer(-MOST, MOST)]
+ShortText = Annotated[str, text(4096)]
+LongText = Annotated[str, text(1 << 18)]
+Extents = Annotated[tuple[int, ...], tuple_of(integer(0, MOST), DEFAULTS.max_dimensions)]
+
+
+@dataclass(frozen=True, slots=True)
+class Region(Checked):
+    """A box of a tensor as a receiver holds it, whose bytes are to be digested.
+
+    Raises:
+        ProtocolError: the box is malformed.
+    """
+
+    tensor: Count
+    """Index in the manifest."""
+
+    offset: Extents
+    """Index in the tensor of the box's first element."""
+
+    shape: Extents
+    """The box's shape, as many dimensions as the offset."""
+
+    dtype: Annotated[str, one_of(*DTYPE_SIZES)]
+    """Dtype of the receiver's memory, a name of `DTYPE_SIZES`."""
+
+    scale: Annotated[float, finite(-math.inf)]
+    """Factor that is applied on the way there; 1.0 leaves bytes as they are."""
+
+    def conflict(self) -> str | None:
+        if len(self.offset) != len(self.shape):
+            return f"offset has {len(self.offset)} dimensions, shape {len(self.shape)}"
+        try:
+            checked_nbytes(self.shape, self.dtype)
+        except ManifestError as error:
+            return str(error)
+        if any(o + s > MOST for o, s in zip(self.offset, self.shape, strict=True)):
+            return "offset + shape overflows 63 bits"
+        return None
+
+
+def _region(value: Any) -> str | None:
+    # It has checked itself when it was made.
+    return None if type(value) is Region else "must be a Region"
+
+
+def _regions(value: Any) -> str | None:
+    return None if value is None else tuple_of(_region, DEFAULTS.max_tensors)(value)
+
+
+Regions = Annotated[tuple[Region, ...] | None, _regions]
+StageSeconds = Annotated[dict[str, float], _phases]
+Changes = Annotated[dict[str, ChangeStatistics], _changes]

@@ -1,0 +1,146 @@
+"""The receivers of a session as its sender knows them: who is there, who has gone, and why."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost
+from packedcomm.session.messages import Beat, Close, Failure, Hello, Message
+from packedcomm.session.remote_errors import remote_error
+from packedcomm.session.states import SyncState
+
+__all__ = ["Member", "Members"]
+
+
+class Member:
+    """One receiver, from its Hello until it has gone."""
+
+    def __init__(self, rank: int, peer: bytes, hello: Hello) -> None:
+        self.rank = rank
+        self.peer = peer
+        self.hello = hello
+        self.inbox: deque[tuple[int, Message]] = deque()
+        self.heard = time.monotonic()
+        self.state = SyncState.IDLE
+        self.waits_for = ""
+        self.connected = False
+        """Whether it has a place in the present communicator."""
+        self.lost: PackedCommError | None = None
+        """Why nothing more is to be expected from it."""
+        self.left = False
+        """Whether it said goodbye in order."""
+        self.reported = False
+        """Whether an error has told the caller that it has gone."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"receiver rank {self.rank}"
+
+    @property
+    def place(self) -> str:
+        """Where it runs."""
+        return f"process {self.hello.pid} on {self.hello.host}"
+
+    def hear(self, number: int, message: Message) -> None:
+        """Sort what it has said."""
+        self.heard = time.monotonic()
+        if isinstance(message, Beat):
+            self.state, self.waits_for = SyncState(message.state), message.waits_for
+        elif isinstance(message, Close):
+            self.left = message.in_order
+            self._lose(PeerLost(f"{self.name}: it has left the session: {message.reason}"))
+        elif isinstance(message, Failure) and message.ended:
+            self._lose(remote_error(message, self.name))
+        else:
+            self.inbox.append((number, message))
+
+    def disconnect(self, during: str) -> None:
+        """Its connection has ended."""
+        self._lose(PeerLost(f"{self.name}: the connection to {self.place} has ended{during}"))
+
+    def check_silence(self, limit_s: float, during: str) -> None:
+        """Give it up if nothing was heard of it for so long."""
+        silence = time.monotonic() - self.heard
+        if silence > limit_s:
+            self._lose(
+                DeadlineExceeded(
+                    f"{self.name}: {self.place} has been silent for {silence:.1f} s{during}: it "
+                    "is stopped or hangs"
+                )
+            )
+
+    def _lose(self, error: PackedCommError) -> None:
+        self.lost = self.lost or error
+
+    def failure_since(self, number: int) -> PackedCommError | None:
+        """What it has reported, not counting answers to questions before a number; its last words
+        say more than that it has gone."""
+        for said, message in list(self.inbox):
+            if isinstance(message, Failure) and said >= number:
+                return remote_error(message, self.name)
+        return self.lost
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a flight record says of it."""
+        return {
+            "rank": self.rank,
+            "name": self.name,
+            "pid": self.hello.pid,
+            "host": self.hello.host,
+            "state": str(self.state),
+            "waits_for": self.waits_for,
+            "silent_s": round(time.monotonic() - self.heard, 3),
+            "lost": None if self.lost is None else str(self.lost)[:500],
+        }
+
+
+class Members:
+    """All receivers that have come and haven't been dropped, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._by_peer: dict[bytes, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._by_peer.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_peer)
+
+    def get(self, peer: bytes) -> Member | None:
+        """The member with this connection."""
+        return self._by_peer.get(peer)
+
+    def add(self, peer: bytes, hello: Hello) -> Member:
+        """Take a receiver in, at the last rank."""
+        member = Member(len(self.present) + 1, peer, hello)
+        self._by_peer[peer] = member
+        return member
+
+    @property
+    def present(self) -> list[Member]:
+        """Those that haven't gone."""
+        return [member for member in self if member.lost is None]
+
+    @property
+    def connected(self) -> list[Member]:
+        """Those with a place in the present communicator, gone or not, by rank."""
+        return [member for member in self if member.connected]
+
+    def take_out_gone(self) -> list[Member]:
+        """Drop those that have gone; returns those of whom no error has told yet and who didn't
+        leave in order."""
+        gone = [member for member in self if member.lost is not None]
+        for member in gone:
+            del self._by_peer[member.peer]
+        return [member for member in gone if not member.reported and not member.left]
+
+    def rank_anew(self) -> None:
+        """Number those that are there from 1 on; none has a place in a communicator any more."""
+        for rank, member in enumerate(self, 1):
+            member.rank = rank
+            member.connected = False
+            member.inbox.clear()

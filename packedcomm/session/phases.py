@@ -1,0 +1,110 @@
+"""The present phase of one end of a session: its state, its deadline, and what cut it short."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from packedcomm.errors import DeadlineExceeded, PackedCommError
+from packedcomm.session.flight import FlightRecord
+from packedcomm.session.states import AT_END, AT_REST, SyncState, next_state
+
+__all__ = ["Phase", "Phases"]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A state, and until when it may last."""
+
+    state: SyncState
+    seconds: float = float("inf")
+    """How long it may last."""
+
+    deadline: float = float("inf")
+    """When that is over, on the monotonic clock."""
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left."""
+        return self.deadline - time.monotonic()
+
+
+class Phases:
+    """Goes from phase to phase. Any thread may ask; one moves it, the supervisor interrupts it.
+
+    Args:
+        who: "the sender" or "the receiver", for messages.
+        flight: notes every change.
+    """
+
+    def __init__(self, who: str, flight: FlightRecord) -> None:
+        self._who = who
+        self._flight = flight
+        self._lock = threading.Lock()
+        self._present = Phase(SyncState.IDLE)
+        self._rest = SyncState.IDLE
+        self._interruption: PackedCommError | None = None
+
+    @property
+    def present(self) -> Phase:
+        """The present phase."""
+        return self._present
+
+    @property
+    def interruption(self) -> PackedCommError | None:
+        """What the supervisor has cut the present phase short with."""
+        return self._interruption
+
+    def enter(self, state: SyncState, seconds: float = float("inf")) -> None:
+        """Go to another state.
+
+        Args:
+            state: which.
+            seconds: how long it may last.
+
+        Raises:
+            SessionStateError: it can't follow the present one.
+            PackedCommError: what has interrupted the present one, where the next would go on with
+                the sync.
+        """
+        with self._lock:
+            interruption = self._interruption
+            if state is SyncState.STAGED and interruption is not None:
+                raise interruption
+            following = next_state(self._present.state, state, self._who)
+            self._present = Phase(following, seconds, time.monotonic() + seconds)
+            self._interruption = None
+            if following in AT_REST:
+                self._rest = following
+        self._flight.note("state", state=str(state))
+
+    def tear(self) -> None:
+        """After a failed sync that has left part of the weights new, part old."""
+        if self._present.state not in AT_END:
+            self.enter(SyncState.TORN)
+
+    def rest(self) -> None:
+        """After a failed sync: back to the state of rest that it began in. After the end of the
+        session nothing happens."""
+        if self._present.state not in AT_END:
+            self.enter(self._rest)
+
+    def interrupt(self, phase: Phase, error: PackedCommError) -> bool:
+        """Cut a phase short, if it is still the present one and nothing has done so yet; whether
+        this did."""
+        with self._lock:
+            if self._present is not phase or self._interruption is not None:
+                return False
+            self._interruption = error
+        self._flight.note("interrupted", kind=type(error).__name__, text=str(error)[:500])
+        return True
+
+    def overdue(self, phase: Phase, waits_for: str) -> DeadlineExceeded | None:
+        """The error of a phase that has lasted too long."""
+        if phase.remaining > 0:
+            return None
+        return DeadlineExceeded(
+            f"{self._who}: {phase.state} for more than {phase.seconds:.3g} s, waiting for "
+            f"{waits_for}"
+        )
