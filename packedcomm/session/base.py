@@ -26,10 +26,11 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.planning.chunks import WireFormat
-from packedcomm.session.control import ReceiverChannel, SenderChannel
 from packedcomm.session.flight import FlightRecord, write_json
 from packedcomm.session.messages import Beat, Close, Message, Transport
 from packedcomm.session.phases import Phase, Phases
+from packedcomm.session.receiver_channel import ReceiverChannel
+from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.session.supervisor import Supervisor
 from packedcomm.settings import Settings

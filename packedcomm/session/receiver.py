@@ -22,7 +22,6 @@ from packedcomm.errors import (
 )
 from packedcomm.session import agreement
 from packedcomm.session.base import SessionEnd, deadline_after
-from packedcomm.session.control import ReceiverChannel
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.messages import (
     Assemble,
@@ -38,6 +37,7 @@ from packedcomm.session.messages import (
     Transport,
     Welcome,
 )
+from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.remote_errors import described, remote_error
 from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings

@@ -23,7 +23,6 @@ from packedcomm.errors import (
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import agreement
 from packedcomm.session.base import deadline_after
-from packedcomm.session.control import SenderChannel
 from packedcomm.session.dialogue import Dialogue
 from packedcomm.session.frames import encode
 from packedcomm.session.messages import (
@@ -38,6 +37,7 @@ from packedcomm.session.messages import (
     Welcome,
 )
 from packedcomm.session.remote_errors import combined
+from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings
 

@@ -23,7 +23,8 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.session.authentication import Keys
-from packedcomm.session.control import ReceiverChannel, SenderChannel
+from packedcomm.session.receiver_channel import ReceiverChannel
+from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.settings import DEFAULTS, Settings
 
 SECRET = "correct horse battery staple"

@@ -1,0 +1,98 @@
+"""What both channels for control messages have in common: a ZeroMQ socket, its events, one lock.
+
+A frame of no bytes says nothing: it is sent only to learn whether a peer is still connected.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from packedcomm.errors import SessionStateError
+from packedcomm.settings import Settings
+
+__all__ = ["BATCH", "Channel"]
+
+# How long a wait may keep the channel to itself: `close` from another thread comes in between.
+SLICE_S = 0.05
+
+# How long a peer may take over ZeroMQ's handshake, and how long closing waits for the last words.
+HANDSHAKE_MS = 10_000
+LINGER_MS = 1000
+
+# Frames taken in one go; one peer can't keep the others waiting.
+BATCH = 256
+
+# A machine that vanishes without closing its connections is noticed after about half a minute. A
+# process that is only stopped isn't: its kernel still answers.
+KEEPALIVE = {"TCP_KEEPALIVE": 1, "TCP_KEEPALIVE_IDLE": 15, "TCP_KEEPALIVE_INTVL": 5} | {
+    "TCP_KEEPALIVE_CNT": 3
+}
+
+
+class Channel:
+    """A context, a socket, its monitor, and one lock for them."""
+
+    def __init__(self, kind: int, settings: Settings) -> None:
+        """Make the socket; binding or connecting it follows."""
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._closed = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: Any = self._context.socket(kind)
+        options = {
+            **KEEPALIVE,
+            "IPV6": 1,
+            "LINGER": LINGER_MS,
+            "HANDSHAKE_IVL": HANDSHAKE_MS,
+            "MAXMSGSIZE": settings.max_frame_bytes,
+            "RCVHWM": BATCH,
+        }
+        for name, value in options.items():
+            self._socket.setsockopt(getattr(zmq, name), value)
+        self._monitor: Any = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_DISCONNECTED
+        )
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def _poll(self, timeout_s: float) -> None:
+        # An end of the process by Ctrl-C must find the lock free: a poll is never long.
+        self._poller.poll(round(max(0.0, min(timeout_s, SLICE_S)) * 1000))
+
+    def _events(self) -> list[tuple[int, int]]:
+        """What has happened to connections: events, each with its value, a descriptor for some."""
+        events = []
+        while self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            message = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            events.append((int(message["event"]), int(message["value"])))
+        return events
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionStateError("the control channel is closed")
+
+    def close(self) -> None:
+        """Send what is on its way, for a second at most, and release everything. Idempotent; may be
+        called from any thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close()
+            self._close_further()
+        self._context.term()
+
+    def _close_further(self) -> None:
+        """Release what only this kind of channel has, before the context ends."""

@@ -1,0 +1,158 @@
+"""A receiver's channel for control messages: a DEALER connected to the sender, once."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+import zmq
+
+from packedcomm.communicators.bounded_store import wait_for_server
+from packedcomm.communicators.listener import Address
+from packedcomm.errors import ArgumentError, AuthenticationError, PeerLost, RendezvousTimeout
+from packedcomm.session.authentication import Keys, check_secret
+from packedcomm.session.channel import BATCH, Channel
+from packedcomm.settings import Settings
+
+__all__ = ["ReceiverChannel"]
+
+# Refused handshakes in a row that mean a wrong secret. A sender that is just ending refuses once.
+REFUSALS = 3
+
+
+class ReceiverChannel(Channel):
+    """A receiver's end: one connection to the sender, never made anew once it is lost.
+
+    Every method takes the channel for at most 50 ms at a time and may be called from any thread.
+    """
+
+    def __init__(
+        self, address: str, secret: str | None, settings: Settings, deadline: float
+    ) -> None:
+        """Connect and prove that both sides have the same secret.
+
+        Args:
+            address: the sender's, "host:port".
+            secret: the job's secret; None for loopback addresses only.
+            settings: `max_frame_bytes`.
+            deadline: on the monotonic clock, in seconds.
+
+        Raises:
+            ArgumentError: address or secret are malformed or don't go together.
+            RendezvousTimeout: no sender was there by the deadline.
+            AuthenticationError: the sender has another secret.
+        """
+        self.address = address
+        self.lost = False
+        """Whether the sender's connection has ended. What it said before can still be taken."""
+        self._last_words: list[bytes] = []
+        parsed = Address.parse(address)
+        if parsed.port == 0:
+            raise ArgumentError(f"address {address!r} has no port to connect to")
+        check_secret(secret, _resolved(parsed))
+        begin = time.monotonic()
+        try:
+            _, self.reached = wait_for_server(parsed, deadline)
+        except TimeoutError as error:
+            raise RendezvousTimeout(
+                f"no sender listens on {address} after {time.monotonic() - begin:.1f} s ({error})"
+            ) from None
+        super().__init__(zmq.DEALER, settings)
+        if secret is not None:
+            keys = Keys.of_receivers(secret)
+            self._socket.curve_serverkey = Keys.of_sender(secret).public
+            self._socket.curve_publickey = keys.public
+            self._socket.curve_secretkey = keys.private
+        self._endpoint = f"tcp://{Address(self.reached, parsed.port)}"
+        self._socket.connect(self._endpoint)
+        try:
+            self._shake_hands(begin, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def _shake_hands(self, begin: float, deadline: float) -> None:
+        refusals = 0
+        while True:
+            with self._lock:
+                self._poll(deadline - time.monotonic())
+                events = [event for event, _ in self._events()]
+                if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
+                    since = events[events.index(zmq.EVENT_HANDSHAKE_SUCCEEDED) :]
+                    self.lost = zmq.EVENT_DISCONNECTED in since
+                    return
+                for event in events:
+                    if event in (
+                        zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+                        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+                    ):
+                        refusals = REFUSALS
+                    elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                        refusals += 1
+            if refusals >= REFUSALS:
+                raise AuthenticationError(
+                    f"{self.address} refuses this receiver: the sender has another secret, or "
+                    "one side has none"
+                )
+            if time.monotonic() >= deadline:
+                raise RendezvousTimeout(
+                    f"what listens on {self.address} has not answered as a sender after "
+                    f"{time.monotonic() - begin:.1f} s"
+                )
+
+    def send(self, frame: bytes) -> None:
+        """Hand a frame over to be sent.
+
+        Raises:
+            PeerLost: the sender's connection has ended.
+        """
+        with self._lock:
+            self._check_open()
+            self._notice_loss()
+            if self.lost:
+                raise PeerLost(f"the sender at {self.address} has ended the connection")
+            try:
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                raise PeerLost(f"the sender at {self.address} takes no messages") from None
+
+    def wait(self, timeout_s: float) -> list[bytes]:
+        """Wait for frames or for the end of the connection (`lost`), for at most 50 ms.
+
+        Args:
+            timeout_s: may be shorter, in seconds.
+        """
+        with self._lock:
+            self._check_open()
+            if not self.lost:
+                self._poll(timeout_s)
+                self._notice_loss()
+            frames = self._last_words or self._take(BATCH)
+            self._last_words = []
+        return frames
+
+    def _take(self, most: int) -> list[bytes]:
+        frames: list[bytes] = []
+        with contextlib.suppress(zmq.Again):
+            while len(frames) < most:
+                if frame := self._socket.recv(zmq.NOBLOCK):
+                    frames.append(frame)
+        return frames
+
+    def _notice_loss(self) -> None:
+        if not self.lost and any(e == zmq.EVENT_DISCONNECTED for e, _ in self._events()):
+            self.lost = True
+            # What came before the end, all of it: `disconnect` drops it. Without that ZeroMQ would
+            # connect to whoever listens there next.
+            self._last_words += self._take(2 * BATCH)
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.disconnect(self._endpoint)
+
+
+def _resolved(address: Address) -> list[str]:
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ArgumentError(f"can't connect to {address}: {error}") from error
+    return [str(entry[4][0]) for entry in found]
