@@ -8,15 +8,21 @@ SYSTEM_PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 OUT ?= benchmarks/results
+# Seconds that `make fuzz` takes, over all targets.
+FUZZ_SECONDS ?= 600
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench report gpu-build gpu-test gpu-bench peers clean
+.PHONY: demo test fuzz lint format bench report gpu-build gpu-test gpu-bench peers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
 
 test: $(VENV)/.built peers
 	$(BIN)/python -m pytest
+
+# What peers may send, mutated for FUZZ_SECONDS; inputs that break a check are left in build/fuzz.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) --out $(OUT)/fuzz.json
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -51,6 +57,10 @@ $(VENV)/.environment: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[fuzz]'
 	touch $@
 
 gpu-build:

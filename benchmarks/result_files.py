@@ -79,12 +79,15 @@ class Result:
 
 
 def load_results(folder: Path) -> list[Result]:
-    """All results of a folder, CPUs first.
+    """All results of `benchmarks.run` in a folder, CPUs first; what other programs wrote there is
+    left out.
 
     Raises:
         ValueError: there is none.
     """
     paths = sorted(folder.glob("*.json"), key=lambda path: (not path.name.startswith("cpu"), path))
-    if not paths:
+    documents = [json.loads(path.read_text()) for path in paths]
+    results = [Result(document) for document in documents if "rows" in document]
+    if not results:
         raise ValueError("no benchmark results: run python -m benchmarks.run first")
-    return [Result(json.loads(path.read_text())) for path in paths]
+    return results

@@ -8,14 +8,21 @@ machine with two GPUs the adapter goes over NCCL, otherwise over Gloo.
 """
 
 import copy
-import secrets
 
 import torch
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packedcomm import AdapterTarget, LoraSender, Session, SyncPolicy, WeightReceiver
+from packedcomm import (
+    AdapterTarget,
+    LoraSender,
+    Session,
+    Settings,
+    SyncPolicy,
+    WeightReceiver,
+    generate_secret,
+)
 
 STEPS = 3
 PROMPT = torch.arange(24).view(2, 12)
@@ -85,7 +92,12 @@ def serve(addresses, expected, secret, device):
 if __name__ == "__main__":
     gpus = torch.cuda.device_count() >= 2
     context = mp.get_context("spawn")
-    addresses, expected, secret = context.Queue(), context.Queue(), secrets.token_hex(16)
+    addresses, expected = context.Queue(), context.Queue()
+    # The secret that everything which takes part must have.
+    secret = Settings.from_environment().secret
+    if not secret:
+        secret = generate_secret()
+        print("secret of this run:", secret, flush=True)
     server = context.Process(
         target=serve, args=(addresses, expected, secret, "cuda:1" if gpus else "cpu")
     )

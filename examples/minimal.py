@@ -2,16 +2,22 @@
 
     python examples/minimal.py
 
-On a machine with two GPUs the weights go over NCCL, otherwise over Gloo.
+On a machine with two GPUs the weights go over NCCL, otherwise over Gloo. Both processes share a
+secret: PACKEDCOMM_SECRET, or what PACKEDCOMM_SECRET_FILE holds, or one that is made and printed.
 """
-
-import secrets
 
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
+from packedcomm import (
+    FullWeightSender,
+    Session,
+    Settings,
+    TensorTarget,
+    WeightReceiver,
+    generate_secret,
+)
 
 
 def make_model(device):
@@ -40,7 +46,12 @@ def serve(addresses, secret, device):
 if __name__ == "__main__":
     gpus = torch.cuda.device_count() >= 2
     context = mp.get_context("spawn")
-    addresses, secret = context.Queue(), secrets.token_hex(16)
+    addresses = context.Queue()
+    # The secret that everything which takes part must have.
+    secret = Settings.from_environment().secret
+    if not secret:
+        secret = generate_secret()
+        print("secret of this run:", secret, flush=True)
     server = context.Process(target=serve, args=(addresses, secret, "cuda:1" if gpus else "cpu"))
     server.start()
     train(addresses, secret, "cuda:0" if gpus else "cpu")

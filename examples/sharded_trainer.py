@@ -9,8 +9,6 @@ logits are compared with the trainers'. With four GPUs everything goes over NCCL
 Gloo.
 """
 
-import secrets
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,8 +27,10 @@ from packedcomm import (
     FusedTarget,
     ModelGeometry,
     Session,
+    Settings,
     StagedTarget,
     WeightReceiver,
+    generate_secret,
 )
 
 STEPS = 3
@@ -120,7 +120,11 @@ def main():
     meeting = [None, None]
     listening = None
     if rank == 0:
-        secret = secrets.token_hex(16)
+        # torchrun hands the environment to every rank, but it need not hold a secret.
+        secret = Settings.from_environment().secret
+        if not secret:
+            secret = generate_secret()
+            print("secret of this run:", secret, flush=True)
         listening = Session.listen("127.0.0.1:0", receivers=2, secret=secret, device=device)
         meeting = [listening.address, secret]
     dist.broadcast_object_list(meeting, src=0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from packedcomm.errors import PackedCommError
 from packedcomm.manifest import Manifest, TensorSpec
+from packedcomm.secret import generate_secret
 from packedcomm.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ __all__ = [
     "WeightReceiver",
     "broadcast_consumer",
     "broadcast_producer",
+    "generate_secret",
     "release_buffers",
 ]
 

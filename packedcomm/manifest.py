@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,29 @@ DTYPE_SIZES: dict[str, int] = {
 
 _MAX_BYTES = (1 << 63) - 1
 
+# Deeper than any attributes of ours, and far from where JSON's recursion ends.
+_MAX_NESTING = 32
+
+# For messages: what is wrong may be of any size and depth.
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = _SHORT.maxlist = 16
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"{type(value).__name__} with an integer that is too long to show"
+
+
+def _nested_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inner = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [entry for outer in inner for entry in outer if isinstance(entry, dict | list)]
+    return bool(level)
+
 
 @lru_cache(maxsize=4096)
 def dtype_name(dtype: Any) -> str:
@@ -57,7 +81,7 @@ def dtype_name(dtype: Any) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_SIZES:
         raise ManifestError(
-            f"unknown or unsupported dtype {str(dtype)!r}; known: {', '.join(DTYPE_SIZES)}"
+            f"unknown or unsupported dtype {_shown(str(dtype))}; known: {', '.join(DTYPE_SIZES)}"
         )
     return name
 
@@ -76,7 +100,9 @@ def checked_nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     # Outside the cache, which takes True and 1.0 for 1.
     for dimension in shape:
         if type(dimension) is not int:
-            raise ManifestError(f"shape {shape!r}: dimension {dimension!r} is not an integer >= 0")
+            raise ManifestError(
+                f"shape {_shown(shape)}: dimension {_shown(dimension)} is not an integer >= 0"
+            )
     return _nbytes(shape, dtype)
 
 
@@ -89,12 +115,16 @@ def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
         )
     for dimension in shape:
         if dimension < 0:
-            raise ManifestError(f"shape {shape!r}: dimension {dimension!r} is not an integer >= 0")
+            raise ManifestError(
+                f"shape {_shown(shape)}: dimension {_shown(dimension)} is not an integer >= 0"
+            )
     # Strides of a tensor with a zero-sized dimension are computed from the others, so these must
     # not overflow either.
     extent = math.prod(d for d in shape if d) * itemsize
     if extent > _MAX_BYTES:
-        raise ManifestError(f"shape {shape!r} of {dtype_name(dtype)} overflows 63 bits of bytes")
+        raise ManifestError(
+            f"shape {_shown(shape)} of {dtype_name(dtype)} overflows 63 bits of bytes"
+        )
     return 0 if 0 in shape else extent
 
 
@@ -113,11 +143,11 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ManifestError(f"tensor name must be a non-empty string, got {self.name!r}")
+            raise ManifestError(f"tensor name must be a non-empty string, got {_shown(self.name)}")
         try:
             size = len(self.name.encode())
         except UnicodeEncodeError:
-            raise ManifestError(f"tensor name {self.name!r} is not valid text") from None
+            raise ManifestError(f"tensor name {_shown(self.name)} is not valid text") from None
         if size > DEFAULTS.max_name_bytes:
             raise ManifestError(
                 f"tensor name {self.name[:60]!r}... has {size} bytes, "
@@ -127,7 +157,7 @@ class TensorSpec:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
             object.__setattr__(self, "shape", tuple(self.shape))
             checked_nbytes(self.shape, self.dtype)
-        except (ManifestError, TypeError) as error:
+        except (TypeError, ValueError) as error:
             raise ManifestError(f"tensor {self.name!r}: {error}") from None
 
     @property
@@ -150,7 +180,7 @@ class Manifest:
 
     Raises:
         ManifestError: a name occurs twice (all such names are listed, up to ten), there are more
-            entries than `Settings.max_tensors`, or the attributes aren't JSON.
+            entries than `Settings.max_tensors`, or the attributes aren't JSON of at most 32 levels.
     """
 
     def __init__(
@@ -159,8 +189,11 @@ class Manifest:
         self.specs: tuple[TensorSpec, ...] = tuple(specs)
         try:
             self._attributes = json.dumps(dict(attributes or {}), allow_nan=False, sort_keys=True)
+            deep = _nested_deeper(self.attributes, _MAX_NESTING)
         except (TypeError, ValueError, RecursionError) as error:
             raise ManifestError(f"manifest attributes are not JSON: {error}") from None
+        if deep:
+            raise ManifestError(f"manifest attributes nest deeper than {_MAX_NESTING} levels")
         if len(self.specs) > DEFAULTS.max_tensors:
             raise ManifestError(
                 f"manifest has {len(self.specs)} tensors, "
@@ -252,8 +285,8 @@ class Manifest:
             )
         if not isinstance(document["attributes"], dict):
             raise ManifestError('manifest "attributes" must be an object')
-        if document["version"] != 1 or document["version"] is True:
-            raise ManifestError(f"manifest version {document['version']!r}, expected 1")
+        if type(document["version"]) is not int or document["version"] != 1:
+            raise ManifestError(f"manifest version {_shown(document['version'])}, expected 1")
         rows = document["tensors"]
         if not isinstance(rows, list):
             raise ManifestError(f'manifest "tensors" must be a list, got {type(rows).__name__}')

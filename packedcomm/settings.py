@@ -1,16 +1,18 @@
 """Every default, limit and environment variable, in one frozen dataclass.
 
 Nothing else in packedcomm reads the environment, and nothing reads it implicitly: only launch code
-and the command line call `Settings.from_environment()`.
+and the command line call `Settings.from_environment()`, which also reads the secret's file.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from packedcomm.errors import ArgumentError
+from packedcomm.secret import read_secret
 
 __all__ = ["DEFAULTS", "Settings"]
 
@@ -94,19 +96,33 @@ class Settings:
     """Path of the NCCL library to use; empty means the one already loaded in the process, then
     NVIDIA's wheel, then conda, then the system's loader, then `nccl_home`."""
 
+    secret: str = field(default="", repr=False)
+    """The job's secret, which sessions use that are given none. Never shown."""
+
+    secret_file: str = ""
+    """File that `from_environment` reads `secret` from."""
+
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        if type(self.secret) is not str:
+            raise ArgumentError(f"Settings.secret must be text, not {type(self.secret).__name__}")
+        if self.secret_file and not self.secret:
+            # It would be left out silently, and a session on loopback would need none.
+            raise ArgumentError(
+                "Settings.secret_file is read by Settings.from_environment only; "
+                "give Settings.secret"
+            )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if isinstance(value, str):
                 continue
-            if field.name.endswith("_s"):
+            if entry.name.endswith("_s"):
                 if not 0 < value <= MOST_SECONDS:
                     raise ArgumentError(
-                        f"Settings.{field.name} must be > 0 and <= {MOST_SECONDS:,} seconds, "
+                        f"Settings.{entry.name} must be > 0 and <= {MOST_SECONDS:,} seconds, "
                         f"got {value!r}"
                     )
             elif value < 1:
-                raise ArgumentError(f"Settings.{field.name} must be >= 1, got {value!r}")
+                raise ArgumentError(f"Settings.{entry.name} must be >= 1, got {value!r}")
         if self.heartbeat_interval_s * 2 > self.heartbeat_timeout_s:
             raise ArgumentError(
                 f"Settings.heartbeat_timeout_s must be at least twice heartbeat_interval_s, got "
@@ -121,6 +137,11 @@ class Settings:
         """Deadline in seconds for the commit of a sync of so many bytes."""
         return self.commit_timeout_s + nbytes / self.least_bytes_per_second
 
+    def shown(self) -> dict[str, Any]:
+        """Every setting by name, for people to read: of the secret only whether there is one."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return values | {"secret": "(set)" if self.secret else ""}
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read `PACKEDCOMM_*` variables over the defaults (`PACKEDCOMM_BUILD_*` are setup.py's).
@@ -130,10 +151,11 @@ class Settings:
 
         Raises:
             ArgumentError: a variable is unknown, isn't a number, or is out of range; the message
-                names it.
+                names it. Or PACKEDCOMM_SECRET and PACKEDCOMM_SECRET_FILE are both there, one of
+                them is empty, or the file is unreadable or empty.
         """
         environ = os.environ if environ is None else environ
-        known = {f"PACKEDCOMM_{field.name.upper()}": field for field in fields(cls)}
+        known = {f"PACKEDCOMM_{entry.name.upper()}": entry for entry in fields(cls)}
         values: dict[str, int | float | str] = {"nccl_home": environ.get("NCCL_HOME", "")}
         for variable, text in environ.items():
             if not variable.startswith("PACKEDCOMM_") or variable.startswith("PACKEDCOMM_BUILD_"):
@@ -149,7 +171,19 @@ class Settings:
                 raise ArgumentError(
                     f"{variable}={text!r} is not a valid {type(default).__name__}"
                 ) from None
+        _read_secret_file(values)
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _read_secret_file(values: dict[str, int | float | str]) -> None:
+    given = [name for name in ("secret", "secret_file") if name in values]
+    if len(given) == 2:
+        raise ArgumentError("PACKEDCOMM_SECRET and PACKEDCOMM_SECRET_FILE are both set; use one")
+    for name in given:
+        if not values[name]:
+            raise ArgumentError(f"PACKEDCOMM_{name.upper()} is set, but empty")
+    if "secret_file" in values:
+        values["secret"] = read_secret(str(values["secret_file"]))
 
 
 DEFAULTS = Settings()

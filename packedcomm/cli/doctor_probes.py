@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import os
 import platform
@@ -153,8 +152,8 @@ def bind_addresses() -> list[dict[str, Any]]:
 def settings_in_force() -> dict[str, Any]:
     """Every setting as `Settings.from_environment` gives it, and which aren't the defaults."""
     settings = Settings.from_environment()
-    values = dataclasses.asdict(settings)
-    changed = [name for name, value in values.items() if value != getattr(DEFAULTS, name)]
+    values = settings.shown()
+    changed = [name for name in values if getattr(settings, name) != getattr(DEFAULTS, name)]
     return {"values": values, "changed": changed}
 
 

@@ -147,6 +147,14 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+def _key(value: Any) -> str:
+    # Before there is a dictionary: hashes of numbers are known, and keys can be chosen that make
+    # filling one quadratic. Those of text are random in every process.
+    if type(value) is not str:
+        raise TypeError(f"a name must be text, not {type(value).__name__}")
+    return value
+
+
 def _tuple(item: Reader) -> Reader:
     if item is _as_it_is:
         return lambda value: tuple(_array(value))
@@ -154,8 +162,8 @@ def _tuple(item: Reader) -> Reader:
 
 
 def _dictionary(item: Reader) -> Reader:
-    def read(value: Any) -> dict[Any, Any]:
-        pairs = [(key, item(entry)) for key, entry in map(_array, _array(value))]
+    def read(value: Any) -> dict[str, Any]:
+        pairs = [(_key(key), item(entry)) for key, entry in map(_array, _array(value))]
         entries = dict(pairs)
         if len(entries) != len(pairs):
             raise ValueError("a name occurs twice")

@@ -44,8 +44,9 @@ class Session:
             address: "host:port" of this machine, bound exactly; port 0 lets the system choose, and
                 the session's `address` says what it chose.
             receivers: how many to wait for before the first sync.
-            secret: what receivers prove to have, at least 16 characters; None only on loopback
-                addresses, where every process of the machine is trusted then.
+            secret: what receivers prove to have, at least 16 characters; None means that of
+                `settings`. None at all only on loopback addresses, where every process of the
+                machine is trusted then.
             device: where the data is; None is the current GPU if there is one, else the CPU.
             settings: deadlines, `buffer_size_bytes` and limits.
             wire_format: byte format of the data, for all receivers.
@@ -62,6 +63,7 @@ class Session:
         if wire_format not in get_args(WireFormat):
             raise ArgumentError(f"wire_format must be 'vllm' or 'native', got {wire_format!r}")
         chosen = choose_device(device)
+        secret = settings.secret or None if secret is None else secret
         return SenderSession(address, receivers, secret, chosen, settings, wire_format)
 
     @staticmethod
@@ -91,4 +93,5 @@ class Session:
             NcclError: no usable NCCL library.
             ProtocolError: what listens there isn't a sender of packedcomm's.
         """
+        secret = settings.secret or None if secret is None else secret
         return ReceiverSession(address, secret, choose_device(device), settings)

@@ -96,6 +96,38 @@ def test_bad_shapes_are_refused(shape):
         TensorSpec("w", "int8", shape)
 
 
+def test_numbers_that_python_does_not_write_are_refused():
+    huge = 10**5000
+    for name, dtype, shape in (
+        ("w", "int8", (huge,)),
+        ("w", "int8", (-huge,)),
+        ("w", huge, (1,)),
+        (huge, "int8", (1,)),
+    ):
+        with pytest.raises(ManifestError):
+            TensorSpec(name, dtype, shape)
+
+
+def _nested(depth):
+    value = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_messages_stay_short_whatever_came():
+    for name, dtype, shape in (
+        ("w", "int8", _nested(990)),
+        ("w", "int8", [0] * 100_000 + ["x"]),
+        ("w", "x" * 100_000, (1,)),
+        ("x" * 100_000 + "\ud800", "int8", (1,)),
+        (_nested(990), "int8", (1,)),
+    ):
+        with pytest.raises(ManifestError) as raised:
+            TensorSpec(name, dtype, shape)
+        assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("dtype", ["int7", "", "quint8", "float4_e2m1fn_x2"])
 def test_unknown_dtypes_are_refused(dtype):
     with pytest.raises(ManifestError, match=r"'w'.*dtype"):
@@ -111,6 +143,10 @@ def test_unknown_dtypes_are_refused(dtype):
         '{"tensors":[]}',
         '{"attributes":{},"tensors":{},"version":1}',
         '{"attributes":{},"tensors":[],"version":2}',
+        '{"attributes":{},"tensors":[],"version":1.0}',
+        '{"attributes":{},"tensors":[],"version":true}',
+        '{"attributes":{"a":NaN},"tensors":[],"version":1}',
+        '{"attributes":{"a":' + "[" * 990 + "]" * 990 + '},"tensors":[],"version":1}',
         '{"attributes":{},"tensors":[["a","int8"]],"version":1}',
         '{"attributes":{},"tensors":[["a","int8",[1],2]],"version":1}',
         '{"attributes":{},"tensors":[[1,"int8",[1]]],"version":1}',
@@ -124,6 +160,19 @@ def test_unknown_dtypes_are_refused(dtype):
 def test_malformed_json_is_refused(text):
     with pytest.raises(ManifestError):
         Manifest.from_json(text)
+
+
+def test_attributes_nest_so_far_that_every_manifest_has_a_digest():
+    deepest = Manifest([], {"a": _nested(31)})
+    assert Manifest.from_json(deepest.to_json()).digest == deepest.digest
+    for depth in range(32, 1000, 11):
+        with pytest.raises(ManifestError, match="nest deeper than 32|not JSON"):
+            Manifest([], {"a": _nested(depth)})
+    # As deep as JSON can still be read here, where it could no longer be written.
+    for depth in range(900, 1000):
+        text = '{"attributes":{"a":' + "[" * depth + "]" * depth + '},"tensors":[],"version":1}'
+        with pytest.raises(ManifestError):
+            Manifest.from_json(text)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(command: list[str], deadline_s: float = 150) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def _run(command: list[str], deadline_s: float = 150, **variables: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -31,6 +31,14 @@ def test_the_minimal_example_syncs_three_versions():
     out = _run([sys.executable, "examples/minimal.py"])
     assert [out.count(f"received  {version} ") for version in range(3)] == [1, 1, 1]
     assert out.count("'verified': True") == 3
+    assert out.count("secret of this run: ") == 1
+
+
+def test_a_secret_of_the_environment_is_used_and_not_printed():
+    secret = "a secret that the launcher was given"
+    out = _run([sys.executable, "examples/minimal.py"], PACKEDCOMM_SECRET=secret)
+    assert out.count("received ") == 3
+    assert "secret" not in out
 
 
 def test_the_lora_example_answers_as_the_merged_model():
