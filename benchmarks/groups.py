@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from benchmarks.world import World
-from packedcomm import Session
+from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
 from packedcomm.communicators import GlooCommunicator, Listener, NcclCommunicator
 from packedcomm.communicators.base import Communicator
 from packedcomm.session import ReceiverSession, SenderSession
@@ -113,12 +113,17 @@ def connect_packedcomm(world: World) -> Communicator:
 
 
 def connect_session(world: World) -> SenderSession | ReceiverSession:
-    """A session of all ranks of the world; rank 0 sends."""
+    """A session of all ranks of the world, after its first sync, which connects a communicator;
+    rank 0 sends."""
+    first = {"first": torch.zeros(1, device=world.device)}
     if world.rank == 0:
         sender = Session.listen(
             "127.0.0.1:0", receivers=world.size - 1, secret=_SECRET, device=world.device
         )
         world.from_root(lambda: sender.address)
-        return sender.wait()
+        FullWeightSender(first, sender).sync()
+        return sender
     address = world.from_root(lambda: None)
-    return Session.connect(address, secret=_SECRET, device=world.device)
+    receiver = Session.connect(address, secret=_SECRET, device=world.device)
+    WeightReceiver(TensorTarget(first), receiver).receive()
+    return receiver
