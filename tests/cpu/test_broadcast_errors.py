@@ -38,6 +38,7 @@ class AbortableGroup(RecordingGroup, Communicator):
     def group(self):
         return contextlib.nullcontext()
 
+    def set_timeout(self, timeout_s): ...
     def close(self): ...
 
     def abort(self, reason):

@@ -336,7 +336,7 @@ BAD = {
 def test_names_are_text_before_they_are_hashed():
     # Hashes of numbers are known: keys could be chosen that all collide.
     for key in (3, 3.0, None, True, b"w", [1]):
-        for fields_ in ([[[key, 1.0]], []], [[], [[key, [1.0, 2.0, 3.0, 1]]]]):
+        for fields_ in ([[[key, 1.0]], b"", []], [[], b"", [[key, [1.0, 2.0, 3.0, 1]]]]):
             with pytest.raises(ProtocolError, match="a name must be text, not"):
                 decode(_wire("Staged", *fields_))
 

@@ -11,7 +11,7 @@ from tests.helpers.source_parts import everything
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
@@ -258,7 +258,7 @@ def test_transforms_apply_to_adapters():
 
 def test_an_injected_adapter_is_sent_under_the_same_names():
     base = llama()
-    base.add_adapter(LoraConfig(target_modules=["q_proj"], r=2))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], r=2), base)
     expected = {f"base_model.model.{name}": t for name, t in saved(base).items()}
     check_same(everything(LoraSource(base)), expected)
 
