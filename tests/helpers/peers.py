@@ -31,6 +31,7 @@ from packedcomm import (
     TensorTarget,
     WeightReceiver,
 )
+from packedcomm.errors import PackedCommError
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import SenderSession
 
@@ -131,6 +132,12 @@ class Peer:
             raise AssertionError(found.detail)
         return found
 
+    def received(self) -> Outcome:
+        """What its next sync that works comes to."""
+        while (outcome := self.outcome()).kind == "failed":
+            pass
+        return outcome
+
     @property
     def exit_code(self) -> int | None:
         """How the process has ended."""
@@ -217,6 +224,8 @@ def receive_on(connection: Connection, address: str, how: Receiving) -> None:
         how.prepare(receiver)
     while True:
         connection.send(_received(receiver, live))
+        if receiver.session.silent is not None:
+            time.sleep(0.2)  # it would be said again and again
         while not receiver.session.lasts:
             command, *arguments = connection.recv()
             assert command == "reconnect"
@@ -335,6 +344,16 @@ class Training:
             tensor.fill_(value + index / 100)
         self.sender.sync()
         return checksum(self.sent)
+
+    def sync_at_last(self, value: float) -> tuple[int, list[PackedCommError]]:
+        """As `sync`, again and again until it works; also what was raised before."""
+        told: list[PackedCommError] = []
+        while True:
+            try:
+                return self.sync(value), told
+            except PackedCommError as error:
+                told.append(error)
+                assert len(told) < 5, told
 
 
 @contextlib.contextmanager
