@@ -329,6 +329,11 @@ class Training:
         self.sender = FullWeightSender(self.source, session, **options)
         self.peers: list[Peer] = []
 
+    def remove(self, peer: Peer) -> None:
+        """End a receiver's process."""
+        self.peers.remove(peer)
+        peer.end()
+
     def add(self, how: Receiving | None = None, address: str = "") -> Peer:
         """One more receiver; returns when it has been taken in."""
         peer = Peer(receive_on, address or self.session.address, how or Receiving())
@@ -338,11 +343,11 @@ class Training:
         peer.rank = joined.version or 0
         return peer
 
-    def sync(self, value: float) -> int:
+    def sync(self, value: float, version: int | None = None) -> int:
         """Send other weights to all; returns their checksum."""
         for index, tensor in enumerate(self.sent.values()):
             tensor.fill_(value + index / 100)
-        self.sender.sync()
+        self.sender.sync(version)
         return checksum(self.sent)
 
     def sync_at_last(self, value: float) -> tuple[int, list[PackedCommError]]:

@@ -15,7 +15,9 @@ def cut_connections(address: str) -> None:
     host, _, port = address.rpartition(":")
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  (descriptors, not files)
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as found:
-            if found.getpeername()[:2] == (host, int(port)):
+            there = found.getpeername()
+            # ZeroMQ's sockets are IPv6 ones.
+            if there and (there[0].removeprefix("::ffff:"), there[1]) == (host, int(port)):
                 found.shutdown(socket.SHUT_RDWR)
 
 
