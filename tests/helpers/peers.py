@@ -68,6 +68,14 @@ def checksum(tensors: Tensors) -> int:
     return found
 
 
+def eventually(holds: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.01)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one call in another process came to."""
