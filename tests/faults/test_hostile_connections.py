@@ -255,5 +255,3 @@ def test_a_silent_connection_is_cut_by_the_oldest_first():
                 assert silent[-1].recv(64), "the youngest one was cut"
         for stranger in silent:
             stranger.close()
-
-

@@ -42,7 +42,7 @@ def _without_memory(receiver):
 def test_a_receiver_without_memory_for_a_buffer_is_named_and_smaller_buffers_help():
     settings = LARGE
     with training(1, Receiving(in_place, make=many), settings=settings, sent=many()) as group:
-        poor = group.add(Receiving(in_place, _without_memory, make=many))
+        group.add(Receiving(in_place, _without_memory, make=many))
         group.session.buffer_size_bytes = 2 << 20
         first = group.sync(1.0)
         assert [peer.outcome().checksum for peer in group.peers] == [first, first]

@@ -118,9 +118,7 @@ class Peer:
 
     def __init__(self, main: Callable[..., Any], *arguments: Any) -> None:
         self._connection, theirs = _context.Pipe()
-        self._process = _context.Process(
-            target=_run, args=(main, theirs, arguments), daemon=True
-        )
+        self._process = _context.Process(target=_run, args=(main, theirs, arguments), daemon=True)
         self._process.start()
         theirs.close()
         self.pid: int = self._process.pid or 0
@@ -295,9 +293,7 @@ def send_on(
             except Exception as error:  # noqa: BLE001  (reported)
                 connection.send(failure(error, at=time.monotonic(), shown=sender.version))
             else:
-                connection.send(
-                    Outcome("sent", version=result.version, checksum=checksum(sent))
-                )
+                connection.send(Outcome("sent", version=result.version, checksum=checksum(sent)))
 
 
 class Interrupted(ModuleSource):

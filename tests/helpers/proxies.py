@@ -32,7 +32,7 @@ class Proxy:
         host, _, port = address.rpartition(":")
         self._beyond = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets: list[socket.socket] = []
         self._lock = threading.Lock()
         self.said: list[bytearray] = []
