@@ -28,6 +28,9 @@ from packedcomm.settings import Settings
 
 __all__ = ["Dialogue"]
 
+# Beats that a peer has missed when a deadline passes, if it is to be the reason.
+MISSED_BEATS = 2
+
 
 class Dialogue(SessionEnd):
     """The sender's end of a session, as far as it is about messages.
@@ -129,9 +132,11 @@ class Dialogue(SessionEnd):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 for member in waiting:
-                    failures[member.rank] = DeadlineExceeded(
+                    late = DeadlineExceeded(
                         f"{member.name}: no answer to {what} within {seconds:.3g} s"
                     )
+                    failures[member.rank] = late
+                    self._give_up_silent_peers(late)
                 break
             self._check_open(what)
             self._pump(remaining)
@@ -267,16 +272,23 @@ class Dialogue(SessionEnd):
                 if not self._channel.send(member.peer, frame):
                     member.disconnect(self._during())
 
+    def _give_up_silent_peers(self, error: PackedCommError) -> None:
+        for member in self._silent():
+            member.give_up(error)
+
+    def _silent(self) -> list[Member]:
+        """Those with a place that have missed several beats."""
+        late = self.settings.heartbeat_interval_s * MISSED_BEATS
+        return [m for m in self.members.connected if m.silence_s > late]
+
     def _peers(self) -> list[dict[str, Any]]:
         return [member.as_dict() for member in self.members]
 
     def _waited_for(self) -> list[dict[str, Any]]:
         """Receivers that are gone or silent, else those that haven't finished."""
-        members = [m for m in self.members if m.connected]
-        late = self.settings.heartbeat_interval_s * 3
-        suspects = [m for m in members if m.lost or time.monotonic() - m.heard > late]
-        unfinished = [m for m in members if not m.inbox]
-        return [m.as_dict() for m in suspects or unfinished]
+        members = self.members.connected
+        suspects = [m for m in members if m.lost is not None] + self._silent()
+        return [m.as_dict() for m in suspects or [m for m in members if not m.inbox]]
 
 
 def _name(message: Message | Sequence[Message]) -> str:
