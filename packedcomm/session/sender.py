@@ -163,7 +163,7 @@ class SenderSession(Dialogue):
             # One that was only stopped learns it when it wakes up.
             farewell = Close(f"the session goes on without it: {member.lost}"[:4000], False)
             self._channel.send(member.peer, encode(farewell, 0, self.settings))
-            logger.warning("session %s goes on without %s", self.epoch[:8], member.lost)
+            logger.warning("%s: goes on without %s: %s", self.epoch[:8], member.name, member.lost)
         if len(self.members.connected) + 1 != self.world_size:
             self.drop_communicator("the members of the session have changed")
         untold = {m.rank: m.lost for m in gone if m.lost is not None and not m.reported}
