@@ -32,6 +32,7 @@ from packedcomm.session.messages import (
 from packedcomm.session.remote_errors import remote_error
 from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
+from packedcomm.transports.digest_sums import ReceivedDigests, digest_blocks
 from packedcomm.transports.receiving import Receiving, TargetPlan
 from packedcomm.transports.slots import PIPELINES
 from packedcomm.verification import (
@@ -67,7 +68,7 @@ class Held:
 
     regions: tuple[Region, ...]
     plan: TargetPlan | None
-    memory: DigestPlan | None
+    memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
 
 
@@ -82,7 +83,8 @@ class ShownDigests:
 
     def __call__(self, items: list[tuple[str, torch.Tensor]]) -> None:
         if self.digesting:
-            plan = DigestPlan([tensor for _, tensor in items])
+            tensors = [tensor for _, tensor in items]
+            plan = DigestPlan(tensors, blocks=digest_blocks(tensors[0].device) if tensors else 0)
             self._found.append(([name for name, _ in items], plan.run()))
         self._callback(self._version, items)
 
@@ -165,16 +167,24 @@ class Following:
                     session.reply(ready)
             enter("receiving")
             in_place = shown is None and not isinstance(target, StagedTarget)
-            self._move(receiving, manifest, in_place=in_place)
+            memory = self._held[manifest.digest].memory if offer.verify else None
+            self._move(receiving, manifest, memory, in_place=in_place)
         return self._finish(offer, manifest, target, shown, seconds, enter)
 
-    def _move(self, receiving: Receiving, manifest: Manifest, *, in_place: bool) -> None:
+    def _move(
+        self,
+        receiving: Receiving,
+        manifest: Manifest,
+        memory: ReceivedDigests | None,
+        *,
+        in_place: bool,
+    ) -> None:
         if in_place:
             # Old weights are overwritten from here on.
             self._torn.update(manifest.by_name)
         try:
             with abort_on_failure(self._session.communicator, "sync"):
-                receiving.run(manifest)
+                receiving.run(manifest, memory)
         except Exception as error:
             self.broken = True
             cause = await_cause(error, self._session.failure)
@@ -256,7 +266,7 @@ class Following:
         if plan is None:
             held = Held(whole_regions(manifest), None, None)
         else:
-            memory = DigestPlan(plan.destinations)
+            memory = ReceivedDigests(plan.destinations)
             held = Held(regions_of(plan.parts), plan, memory)
         self._held[manifest.digest] = held
         return held.regions
@@ -266,7 +276,7 @@ class Following:
             return shown.take(manifest)
         memory = self._held[manifest.digest].memory
         assert memory is not None
-        return memory.run().cpu()
+        return memory.take()
 
     def _expect(self, *kinds: type[Any]) -> Any:
         message = self._session.receive(self._session.settings.operation_timeout_s)

@@ -15,6 +15,7 @@ from packedcomm.errors import ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
+from packedcomm.region_digests import RegionDigests
 from packedcomm.results import ChangeStatistics, combined_changes
 from packedcomm.session import SenderSession
 from packedcomm.session.messages import (
@@ -31,9 +32,8 @@ from packedcomm.session.messages import (
 )
 from packedcomm.sources import Snapshot
 from packedcomm.transports.broadcast import abort_on_failure
-from packedcomm.transports.chunk_plans import Entry, entry_of
 from packedcomm.transports.sending import Sending
-from packedcomm.verification import RegionDigests, packed_digests, whole_regions
+from packedcomm.verification import packed_digests, whole_regions
 
 __all__ = ["Leading"]
 
@@ -55,7 +55,6 @@ class Digests:
             for regions in held
         ]
         self.held = held
-        self.entries: list[Entry] | None = None
 
     def for_receivers(self, digests: torch.Tensor) -> list[Moved]:
         """The message to each receiver: the digests of its regions."""
@@ -127,7 +126,7 @@ class Leading:
         """Send the data; returns when this side's part is done."""
         session = self._session
         digests = self._digest_plan if self._verify else None
-        inspect = digests.computed.inspect if digests and snapshot.parts is None else None
+        computed = None if digests is None else digests.computed
         cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
 
         def note(event: ChunkMoved | TransferFinished) -> None:
@@ -136,7 +135,7 @@ class Leading:
 
         try:
             with abort_on_failure(session.communicator, "sync"):
-                Sending(session.communicator, 0, cut, inspect, self._wait).run_parts(
+                Sending(session.communicator, 0, cut, computed, self._wait).run_parts(
                     snapshot.manifest,
                     gathered if snapshot.parts is None else snapshot.parts,
                     session.device,
@@ -152,18 +151,6 @@ class Leading:
             if cause is not None:
                 raise cause from cause.__cause__
             raise
-        if digests is not None:
-            with measured(seconds, "verify"), self._cancelling():
-                self._finish_digests(snapshot, digests)
-
-    def _finish_digests(self, snapshot: Snapshot, digests: Digests) -> None:
-        if snapshot.parts is not None:
-            if digests.entries is None:
-                specs = snapshot.manifest.specs
-                digests.entries = [
-                    entry_of(spec, parts) for spec, parts in zip(specs, snapshot.parts, strict=True)
-                ]
-            digests.computed.run_kept(range(digests.tensors), digests.entries)
 
     def verify(self, seconds: dict[str, float]) -> torch.Tensor | None:
         """Have every receiver say that it holds everything; returns each tensor's digest."""

@@ -85,13 +85,17 @@ class Pipeline:
         self.caller: Caller
         self.wire: Lane
         self.copy: Lane
+        self.digest: Lane
         if device.type == "cuda":
             self.wire = StreamLane(device)
             # Packing, unpacking and callbacks: one direction at a time, so one stream.
             self.copy = StreamLane(device)
+            # Digests that don't come with a copy. No slot, copy or broadcast waits for them.
+            self.digest = StreamLane(device)
         else:
             self.wire = InlineLane()
             self.copy = InlineLane()
+            self.digest = InlineLane()
         self.slots: list[Slot] = []
         # Chunk plans that are kept with a target or with a source's snapshot.
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -159,7 +163,7 @@ class Pipeline:
 
     def settle(self) -> None:
         """After a failure: let the caller's later work come after whatever is still under way."""
-        for lane in (self.wire, self.copy):
+        for lane in (self.wire, self.copy, self.digest):
             self.caller.wait_for(lane.tail())
 
     def end(self) -> None:
@@ -184,7 +188,7 @@ class Pipeline:
                 f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
                 f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
             ) from error
-        for lane in (self.wire, self.copy):
+        for lane in (self.wire, self.copy, self.digest):
             # The block belongs to the caller's stream; freed, it must not be handed out again
             # before these streams are done with it.
             if isinstance(lane, StreamLane):
