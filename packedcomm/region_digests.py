@@ -115,6 +115,8 @@ class ChunkDigests:
     kept: list[RegionPass] = field(default_factory=list)
     remade: list[Wanted] = field(default_factory=list)
     """Whose temporary memory is too large to keep."""
+    kept_bytes: int = 0
+    """Temporary memory that is kept."""
 
     def run(self, sums_of: SumsOf) -> None:
         """Add all digests."""
@@ -159,7 +161,6 @@ class RegionDigests:
         self._chunks: weakref.WeakKeyDictionary[ChunkPlan, ChunkDigests] = (
             weakref.WeakKeyDictionary()
         )
-        self._kept_bytes = 0
         self._sums: DigestSums | None = None
 
     def begin(self, pipeline: Pipeline) -> None:
@@ -212,8 +213,9 @@ class RegionDigests:
         filled = [item for item in wanted if item.temporary_bytes]
         temporary = sum(item.temporary_bytes for item in filled)
         new = ChunkDigests([RegionPass(items) for items in _by_device(as_they_are)])
-        if keep and self._kept_bytes + temporary <= _KEPT_BYTES:
-            self._kept_bytes += temporary
+        held = sum(chunk.kept_bytes for chunk in self._chunks.values())
+        if keep and held + temporary <= _KEPT_BYTES:
+            new.kept_bytes = temporary
             new.kept += [RegionPass(items) for items in _by_device(filled)]
         else:
             new.remade = filled

@@ -40,8 +40,8 @@ class FullWeightSender:
             DTensors.
         session: the session; None on the processes of a sharded trainer that don't lead, which must
             call the same methods in the same order.
-        verify: whether every sync compares per-tensor digests of both sides; costs a pass over the
-            weights on each side.
+        verify: whether every sync compares per-tensor digests of both sides, which are made while
+            the weights move.
         statistics: whether receivers are asked for statistics of what changed, tensor by tensor;
             they must stage.
         policy: at which steps `step` syncs; None is every step, the first and the last.

@@ -194,11 +194,15 @@ __device__ __forceinline__ std::uint64_t apply_and_digest_tile(const Segment& se
   return sum + digest_span(from, span.bytes, word);
 }
 
-// Tables without conversions and runs without digests have kernels of their own, which need fewer
-// registers. With both there is no room for two blocks on a multiprocessor without spilling; beside
-// NCCL, where that kernel is used, there are fewer blocks than multiprocessors anyway.
+// With both conversions and digests there is no room for two blocks without spilling; beside NCCL,
+// where that kernel is used, there are fewer blocks than multiprocessors anyway.
 template <bool kConverts, bool kDigests>
-__global__ void __launch_bounds__(kThreads, kConverts && kDigests ? 1 : 2)
+constexpr int kBlocksPerProcessor = (kConverts ? 1 : 0) + (kDigests ? 1 : 0) == 2 ? 1 : 2;
+
+// Tables without conversions and runs without digests have kernels of their own, which need fewer
+// registers.
+template <bool kConverts, bool kDigests>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kConverts, kDigests>)
     run_tiles(const Segment* __restrict__ segments, const std::int64_t* __restrict__ first_tiles,
               std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes, Bases bases,
               unsigned long long* digests) {

@@ -59,13 +59,19 @@ struct DigestDim {
   std::int64_t stride;  // in bytes
 };
 
+// a / b of numbers that aren't negative. A 32-bit division is several times cheaper on a GPU.
+PACKEDCOMM_HOST_DEVICE std::int64_t quotient_of(std::int64_t a, std::int64_t b) {
+  if (((a | b) >> 32) != 0) return a / b;
+  return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+}
+
 // The address of the run-th run in row-major order.
 PACKEDCOMM_HOST_DEVICE std::uint64_t locate_run(const DigestRow& row, const DigestDim* dims,
                                                 std::int64_t run) {
   std::uint64_t address = row.address;
   for (std::int64_t d = row.dims - 1; d > 0; --d) {
     const DigestDim dim = dims[row.first_dim + d];
-    const std::int64_t quotient = run / dim.extent;
+    const std::int64_t quotient = quotient_of(run, dim.extent);
     address += static_cast<std::uint64_t>((run - quotient * dim.extent) * dim.stride);
     run = quotient;
   }

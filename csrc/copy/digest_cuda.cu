@@ -17,7 +17,7 @@ __device__ __forceinline__ std::uint64_t gather_word(const DigestRow& row, const
                                                      std::int64_t index) {
   const std::int64_t begin = index * 8;
   const std::int64_t bytes = row.nbytes - begin < 8 ? row.nbytes - begin : 8;
-  std::int64_t run = begin / row.run_bytes;
+  std::int64_t run = quotient_of(begin, row.run_bytes);
   std::int64_t offset = begin - run * row.run_bytes;
   std::uint64_t word = 0;
   for (std::int64_t done = 0; done < bytes; ++run, offset = 0) {
@@ -28,6 +28,30 @@ __device__ __forceinline__ std::uint64_t gather_word(const DigestRow& row, const
     done += taken;
   }
   return word;
+}
+
+// This thread's share of a tile of a strided row.
+__device__ __forceinline__ std::uint64_t digest_strided(const DigestRow& row, const DigestDim* dims,
+                                                        std::int64_t begin, std::int64_t bytes) {
+  std::uint64_t sum = 0;
+  if (row.run_bytes % 16 != 0) {
+    const std::int64_t end = (begin + bytes + 7) / 8;
+    for (std::int64_t i = begin / 8 + threadIdx.x; i < end; i += kDigestThreads) {
+      sum += digest_of_word(gather_word(row, dims, i), static_cast<std::uint64_t>(i));
+    }
+    return sum;
+  }
+  // Neither a tile nor a run ends inside of 16 bytes.
+  for (std::int64_t at = begin + 16 * static_cast<std::int64_t>(threadIdx.x); at < begin + bytes;
+       at += 16 * kDigestThreads) {
+    const std::int64_t run = quotient_of(at, row.run_bytes);
+    const auto* from =
+        reinterpret_cast<const char*>(locate_run(row, dims, run)) + (at - run * row.run_bytes);
+    const bool aligned = (reinterpret_cast<std::uintptr_t>(from) & 15) == 0;
+    const Words<4> words = aligned ? load_aligned<4>(from) : load_shifted<4>(from);
+    sum += digest_of_pair(words, digest_key(static_cast<std::uint64_t>(at / 8)));
+  }
+  return sum;
 }
 
 __global__ void __launch_bounds__(kDigestThreads, 2)
@@ -45,10 +69,7 @@ __global__ void __launch_bounds__(kDigestThreads, 2)
       sum += digest_span(reinterpret_cast<const char*>(row.address) + begin, bytes,
                          static_cast<std::uint64_t>(begin / 8));
     } else {
-      const std::int64_t end = (begin + bytes + 7) / 8;
-      for (std::int64_t i = begin / 8 + threadIdx.x; i < end; i += kDigestThreads) {
-        sum += digest_of_word(gather_word(row, dims, i), static_cast<std::uint64_t>(i));
-      }
+      sum += digest_strided(row, dims, begin, bytes);
     }
     add_to_digest(sum, digests + row.number);
   }

@@ -12,14 +12,14 @@ import torch
 from packedcomm.digests import DigestPlan
 from packedcomm.transports.chunk_plans import ChunkPlan, Composed
 from packedcomm.transports.lanes import Work
-from packedcomm.transports.slots import COPY_BLOCKS, Pipeline
+from packedcomm.transports.slots import DIGEST_BLOCKS, Pipeline
 
 __all__ = ["DigestSums", "Digests", "ReceivedDigests", "digest_blocks"]
 
 
 def digest_blocks(device: torch.device) -> int:
     """Thread blocks of a pass that runs beside a broadcast; 0 on a CPU."""
-    return COPY_BLOCKS if device.type == "cuda" else 0
+    return DIGEST_BLOCKS if device.type == "cuda" else 0
 
 
 class Digests(Protocol):
@@ -56,7 +56,7 @@ class DigestSums:
     def __init__(self, pipeline: Pipeline, count: int) -> None:
         self._count = count
         sums = pipeline.allocate(8 * count).view(torch.int64).zero_()
-        self._by_device = {pipeline.device: sums}
+        self._by_device = {sums.device: sums}
 
     def on(self, device: torch.device) -> torch.Tensor:
         """One digest per number, int64, on the pipeline's device or in host memory."""

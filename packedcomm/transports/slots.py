@@ -25,6 +25,7 @@ from packedcomm.transports.lanes import (
 
 __all__ = [
     "COPY_BLOCKS",
+    "DIGEST_BLOCKS",
     "PIPELINES",
     "Pipeline",
     "Slot",
@@ -36,6 +37,9 @@ __all__ = [
 # Thread blocks of the copy kernels that run beside NCCL's: enough to keep ahead of the wire, few
 # enough to leave multiprocessors to the broadcast, whose blocks otherwise wait for theirs.
 COPY_BLOCKS = 64
+
+# The same for digests that don't come with a copy.
+DIGEST_BLOCKS = 64
 
 # torch's allocators round to this anyway; it keeps chunks of nearly equal sizes from reallocating.
 _GRAIN_BYTES = 2 << 20
