@@ -10,7 +10,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.digests import DigestPlan
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import is_target
 from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
@@ -201,7 +201,7 @@ class Following:
         shown = None
         staged = isinstance(target, StagedTarget)
         verify = offer.verify == "always" or (offer.verify == "staged" and staged)
-        if not isinstance(target, Target):
+        if not is_target(target):
             target = shown = ShownDigests(offer.version, target)
             shown.digesting = verify
         if offer.statistics and not staged:

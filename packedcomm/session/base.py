@@ -153,6 +153,9 @@ class SessionEnd(abc.ABC):
     def _say_to_all(self, message: Message) -> None:
         """Say something that isn't answered to whoever is still there; never raises."""
 
+    def _check_silence(self) -> None:  # noqa: B027  (a receiver looks whenever it waits)
+        """Give up peers that haven't been heard for too long."""
+
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:
         """Let the silence of peers count from so much later."""
@@ -221,6 +224,7 @@ class SessionEnd(abc.ABC):
         self._last_look = now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + self.settings.heartbeat_interval_s
+            self._check_silence()
             waited_for = ", ".join(str(peer["name"]) for peer in self._waited_for())
             self._say_to_all(Beat(str(self.state), waited_for[:200]))
 

@@ -209,8 +209,7 @@ class Dialogue(SessionEnd):
             return self._number
 
     def _take(self, timeout_s: float) -> None:
-        peers = {m.peer for m in self.members.present}
-        frames, gone = self._channel.wait(timeout_s, peers)
+        frames, gone = self._channel.wait(timeout_s, self.members.peers)
         for peer, frame in frames:
             member = self.members.get(peer)
             try:
@@ -231,8 +230,6 @@ class Dialogue(SessionEnd):
         for peer in gone:
             if (member := self.members.get(peer)) is not None:
                 member.disconnect(self._during())
-        for member in self.members.present:
-            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
 
     def _refuse(self, peer: bytes, error: BaseException) -> None:
         """Tell a peer why the session has no place for it. Never raises."""
@@ -259,6 +256,10 @@ class Dialogue(SessionEnd):
 
     def _during(self) -> str:
         return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
+
+    def _check_silence(self) -> None:
+        for member in self.members.present:
+            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
 
     def _give_more_time(self, seconds: float) -> None:
         for member in self.members:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost
@@ -115,6 +115,11 @@ class Members:
 
     def __len__(self) -> int:
         return len(self._by_peer)
+
+    @property
+    def peers(self) -> Collection[bytes]:
+        """The connections of all."""
+        return self._by_peer.keys()
 
     def get(self, peer: bytes) -> Member | None:
         """The member with this connection."""

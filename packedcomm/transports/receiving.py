@@ -15,7 +15,7 @@ import torch
 
 from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.copying import Part, TensorRecord, unpack_from
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
@@ -135,14 +135,15 @@ class Receiving:
             digests.begin(self._pipeline)
         try:
             with self._progress:
-                if isinstance(self._receiver, Target):
+                if is_target(self._receiver):
                     assert isinstance(metadata, Manifest)
                     plan = self._placed or self.place(metadata)
                     for chunk_plan in plan.chunks:
                         self._receive_into(chunk_plan)
                         self._progress.moved(chunk_plan.chunk)
                 else:
-                    self._callback = self._receiver or _drop
+                    callback: Any = self._receiver
+                    self._callback = callback or _drop
                     self._run_for_callback(metadata)
                 self._deliver()
                 self._pipeline.caller.wait_for(self._done)
@@ -166,7 +167,7 @@ class Receiving:
         tensor, only a native look at whether the memory is where it was.
         """
         target = self._receiver
-        assert isinstance(target, Target)
+        assert is_target(target)
         key = (manifest.digest, self._cut)
         kept: dict[Any, TargetPlan] = {}
         if getattr(target, "fixed_destinations", False):
