@@ -85,6 +85,10 @@ def _cuda_bars(worlds: Sequence[int]) -> Iterator[_Bar]:
         for case, required in ((LARGE, 1.0), (LORA, 2.0)):
             text = f"broadcast of {case} into parameters 1 to {world - 1} / vLLM packed"
             yield _Bar(text, required, "broadcast", case, world, _BROADCAST, _VLLM_TUNED)
+        # A verified sync may take this much longer.
+        for way, cost in (("sync packed", 0.03), ("sync staged", 0.03), ("sync in place", 0.1)):
+            text = f"{way} of {LARGE} 1 to {world - 1}, verified / not verified"
+            yield _Bar(text, 1 / (1 + cost), "sync", LARGE, world, (f"{way}, verified",), (way,))
 
 
 def _experts(case: str) -> _Bar:

@@ -16,6 +16,7 @@ from benchmarks.world import World
 from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
 from packedcomm.communicators import GlooCommunicator, Listener, NcclCommunicator
 from packedcomm.communicators.base import Communicator
+from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import ReceiverSession, SenderSession
 
 __all__ = ["PeerGroup", "connect_packedcomm", "connect_peers", "connect_session"]
@@ -112,13 +113,19 @@ def connect_packedcomm(world: World) -> Communicator:
     )
 
 
-def connect_session(world: World) -> SenderSession | ReceiverSession:
+def connect_session(
+    world: World, wire_format: WireFormat = "native"
+) -> SenderSession | ReceiverSession:
     """A session of all ranks of the world, after its first sync, which connects a communicator;
     rank 0 sends."""
     first = {"first": torch.zeros(1, device=world.device)}
     if world.rank == 0:
         sender = Session.listen(
-            "127.0.0.1:0", receivers=world.size - 1, secret=_SECRET, device=world.device
+            "127.0.0.1:0",
+            receivers=world.size - 1,
+            secret=_SECRET,
+            device=world.device,
+            wire_format=wire_format,
         )
         world.from_root(lambda: sender.address)
         FullWeightSender(first, sender).sync()

@@ -33,12 +33,15 @@ __all__ = ["BARE", "SYNC_CASES", "sync_suite"]
 SYNC_CASES = ("llama-3-8b-lora-r16", "minilm", "llama-3-8b")
 BARE = "bare broadcast"
 
-# Name to (staged, verified).
+# Name to (everything packed, staged, verified). Where not everything is packed, large tensors are
+# sent from where they are.
 _SYNCS = {
-    "sync in place": (False, False),
-    "sync in place, verified": (False, True),
-    "sync staged": (True, False),
-    "sync staged, verified": (True, True),
+    "sync in place": (False, False, False),
+    "sync in place, verified": (False, False, True),
+    "sync staged": (False, True, False),
+    "sync staged, verified": (False, True, True),
+    "sync packed": (True, False, False),
+    "sync packed, verified": (True, False, True),
 }
 _SRC = 0
 
@@ -48,6 +51,8 @@ class Endpoint:
     """What a rank has for one case."""
 
     session: SenderSession | ReceiverSession
+    packing: SenderSession | ReceiverSession
+    """Another session of the same ranks, whose wire format packs everything."""
     case: Case
     parameters: dict[str, torch.Tensor]
     """Source of rank 0, destination of the others."""
@@ -88,9 +93,9 @@ class Endpoint:
             ),
         )
 
-    def sync(self, family: str, staged: bool, verify: bool) -> Transfer:
+    def sync(self, family: str, packed: bool, staged: bool, verify: bool) -> Transfer:
         """A sender and its receivers, which remember what they have agreed on."""
-        session = self.session
+        session = self.packing if packed else self.session
         if isinstance(session, ReceiverSession):
             target = self.staged if staged else TensorTarget(self.parameters)
             return self.transfer(family, WeightReceiver(target, session).receive)
@@ -122,7 +127,7 @@ def sync_suite(
     # Here every sync sends the same bytes.
     warnings.simplefilter("ignore", packedcomm.UnchangedWeightsWarning)
     content = Content(world.device)
-    session = connect_session(world)
+    session, packing = connect_session(world), connect_session(world, "vllm")
     for case in cases:
         parameters = {
             spec.name: torch.empty(
@@ -132,7 +137,8 @@ def sync_suite(
         }
         if world.rank == _SRC:
             content.write(list(parameters.values()))
-        endpoint = Endpoint(session, case, parameters, StagedTarget(TensorTarget(parameters)))
+        staged = StagedTarget(TensorTarget(parameters))
+        endpoint = Endpoint(session, packing, case, parameters, staged)
         makers = {BARE: endpoint.bare} | {
             name: partial(endpoint.sync, name, *options) for name, options in _SYNCS.items()
         }
@@ -154,13 +160,16 @@ def sync_suite(
             for way, result in results.items()
         ]
         _fill_overheads(rows)
+        _fill_digest_costs(rows)
         world.result((case.name, rows))
-        del parameters, endpoint, makers, transfers
+        del parameters, staged, endpoint, makers, transfers
         release_buffers(session.communicator)
+        release_buffers(packing.communicator)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     world.barrier()
     session.close()
+    packing.close()
 
 
 def _staging_bytes(
@@ -199,3 +208,13 @@ def _fill_overheads(rows: Sequence[Row]) -> None:
         if bare is not None and each is not bare:
             overhead = each["median_us"] - bare["median_us"]
             each["details"]["overhead_us"] = round(overhead, 2)
+
+
+def _fill_digest_costs(rows: Sequence[Row]) -> None:
+    """How much longer a sync takes when it is verified, as a fraction, measured in the same run."""
+    by_way = {row["way"]: row for row in rows}
+    for way, each in by_way.items():
+        plain = by_way.get(way.removesuffix(", verified"))
+        if plain is not None and plain is not each:
+            cost = each["median_us"] / plain["median_us"] - 1
+            each["details"]["digest_cost"] = round(cost, 4)

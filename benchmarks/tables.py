@@ -97,7 +97,8 @@ def render_tables(results: Sequence[Result]) -> str:
         if result.groups("sync"):
             parts.append(
                 "**Syncs of a session**, milliseconds; agreeing, comparing digests and committing "
-                "are of the verified sync in place, staging is memory of one receiver\n\n"
+                "are of the verified sync in place, the cost of digests is what a verified sync "
+                "takes longer, staging is memory of one receiver\n\n"
                 f"{_sync_table(result)}"
             )
     return "\n\n".join(parts)
@@ -157,15 +158,22 @@ def _experts_table(result: Result) -> str:
 def _sync_table(result: Result) -> str:
     ways = list(dict.fromkeys(row["way"] for row in result.rows if row["suite"] == "sync"))
     stages = ("agree", "verify", "commit")
-    header = ["model", "GB", "1 to", *ways, *stages, "staging GB", "of its formula"]
+    verified = [way for way in ways if way.endswith(", verified")]
+    plain = [way.removesuffix(", verified") for way in verified]
+    costs = [f"digests {way.removeprefix('sync ')}" for way in plain]
+    header = ["model", "GB", "1 to", *ways, *costs, *stages, "staging GB", "of its formula"]
     lines = []
     for case, world in result.groups("sync"):
         rows = result.ways("sync", case, world)
         some = next(iter(rows.values()))
         cells = [_model(result, "sync", case), f"{some['nbytes'] / 1e9:.3g}", str(world - 1)]
         cells += [_number(rows[way]["median_us"] / 1e3) if way in rows else "-" for way in ways]
-        verified = rows.get("sync in place, verified", {"details": {}})["details"]
-        spent = verified.get("stages_us", {})
+        pairs = [(rows.get(a), rows.get(b)) for a, b in zip(verified, plain, strict=True)]
+        cells += [
+            f"{a['median_us'] / b['median_us'] - 1:+.1%}" if a and b else "-" for a, b in pairs
+        ]
+        in_place = rows.get("sync in place, verified", {"details": {}})["details"]
+        spent = in_place.get("stages_us", {})
         cells += [_number(spent.get(stage, 0.0) / 1e3) for stage in stages]
         staged = rows.get("sync staged", {"details": {}})["details"]
         taken, formula = (
@@ -187,6 +195,12 @@ def _model(result: Result, suite: str, case: str) -> str:
     if kept == 1 or case == TINY_EXPERTS:
         return case
     return f"{case}, {kept:.0%} of its bytes"
+
+
+def _cost(verified: Row | None, plain: Row | None) -> str:
+    if verified is None or plain is None:
+        return "-"
+    return f"{verified['median_us'] / plain['median_us'] - 1:+.1%}"
 
 
 def _speed(row: Row | None) -> float:

@@ -102,19 +102,28 @@ class DigestTable:
     """Digests of tensors of one device. Built by one thread."""
 
     def __init__(self, device_type: str, device_index: int) -> None: ...
-    def add(self, tensors: list[torch.Tensor], names: Names | None) -> None: ...
+    def add(
+        self, tensors: list[torch.Tensor], names: Names | None, numbers: Sequence[int]
+    ) -> None: ...
     def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
         """As `TensorRecord.first_change`."""
 
     def compute(self, digests: int, threads: int) -> None:
-        """Write the digests, 8 bytes each, to this address."""
+        """Add the digests, each to the one of its number among those of 8 bytes at this address."""
 
     def write(self, address: int, capacity: int) -> None: ...
-    def launch(self, table_address: int, stream: int, digests: int) -> None: ...
+    def launch(self, table_address: int, stream: int, digests: int, blocks: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def table_bytes(self) -> int: ...
+
+def digest_paths() -> list[str]:
+    """The implementations of digests that this processor can run; the first one is used."""
+
+def digest_bytes_by(path: str, address: int, nbytes: int, index: int) -> int:
+    """What bytes add to a digest, the first one beginning word number `index`, by one of these:
+    for tests."""
 
 class CopyTable:
     """Copies between tensors of one device, normalised and tiled. Built by one thread.
@@ -140,6 +149,7 @@ class CopyTable:
         names: Names | None,
         offsets: Sequence[int],
         sizes: Sequence[int],
+        numbers: Sequence[int],
     ) -> None: ...
     def add_parts(
         self,
@@ -150,6 +160,7 @@ class CopyTable:
         shape: Sequence[int],
         offset: int,
         name: str,
+        number: int,
     ) -> None: ...
     def describe(
         self, tensors: list[torch.Tensor], names: Names | None
@@ -158,9 +169,15 @@ class CopyTable:
         """As `TensorRecord.first_change`: pair by pair source and destination, else in the order
         of addition."""
 
-    def copy(self, threads: int, buffer: int = 0) -> None: ...
+    def copy(self, threads: int, buffer: int = 0, digests: int = 0) -> None: ...
     def write(self, address: int, capacity: int) -> None: ...
-    def launch(self, table_address: int, stream: int, blocks: int, buffer: int = 0) -> None: ...
+    def launch(
+        self, table_address: int, stream: int, blocks: int, buffer: int = 0, digests: int = 0
+    ) -> None: ...
+    @property
+    def digested(self) -> list[int]: ...
+    @property
+    def digest_extent(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
     @property

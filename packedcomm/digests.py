@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 
 from packedcomm import _native
-from packedcomm.copying.tables import Names, UploadedTable, thread_count
+from packedcomm.copying.tables import Names, UploadedTable, digests_address, thread_count
 
 __all__ = ["DigestPlan", "digest_tensors"]
 
@@ -39,7 +39,10 @@ class DigestPlan:
     Args:
         tensors: any dtype, shape, strides and alignment, all on one device.
         names: for messages; positions such as "#3" otherwise.
+        numbers: which of the digests given to `run` each tensor's is added to; None is its
+            position.
         threads: CPU threads; 0 means the number of processors this process may use, 8 at most.
+        blocks: bound on the CUDA grid (thread blocks of 512 threads); 0 fills the device.
 
     Raises:
         TensorError: a tensor has no dense memory of its own, or is not on the device of the first;
@@ -47,14 +50,22 @@ class DigestPlan:
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], names: Names | None = None, *, threads: int = 0
+        self,
+        tensors: Sequence[torch.Tensor],
+        names: Names | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        threads: int = 0,
+        blocks: int = 0,
     ) -> None:
         self._tensors = list(tensors)
         self._names = names
         self._threads = thread_count(threads)
+        self._blocks = blocks
+        self._extent = max(numbers, default=-1) + 1 if numbers is not None else len(self._tensors)
         self.device = self._tensors[0].device if self._tensors else torch.device("cpu")
         self._table = _native.DigestTable(self.device.type, self.device.index or 0)
-        self._table.add(self._tensors, names)
+        self._table.add(self._tensors, names, range(self._extent) if numbers is None else numbers)
         self._uploaded = UploadedTable(self._table, self.device)
 
     @property
@@ -62,24 +73,35 @@ class DigestPlan:
         """Bytes that a run reads."""
         return self._table.nbytes
 
-    def run(self) -> torch.Tensor:
-        """The digests as a new int64 tensor on the device, one per tensor, unsigned bits as signed.
+    def run(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The digests, int64, unsigned bits as signed.
 
         On a CPU computed before returning, on a GPU enqueued on the current stream.
 
+        Args:
+            into: contiguous int64 memory on the device, to which the digests are added, each to the
+                number that the plan has for it; None makes new ones, of zero. On a GPU it must stay
+                until the work has run.
+
+        Returns:
+            `into`, or the new tensor.
+
         Raises:
+            ArgumentError: `into` isn't such memory, or too small.
             CapacityError: no memory for the table.
             CudaError: the launch failed, or packedcomm was built without CUDA.
         """
-        digests = torch.empty(len(self._tensors), dtype=torch.int64, device=self.device)
+        if into is None:
+            into = torch.zeros(self._extent, dtype=torch.int64, device=self.device)
+        address = digests_address(into, self.device, self._extent)
         if self.device.type == "cpu":
-            self._table.compute(digests.data_ptr(), self._threads)
+            self._table.compute(address, self._threads)
         elif self._tensors:
             with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream(self.device)
-                address = self._uploaded.address(stream)
-                self._table.launch(address, stream.cuda_stream, digests.data_ptr())
-        return digests
+                table = self._uploaded.address(stream)
+                self._table.launch(table, stream.cuda_stream, address, self._blocks)
+        return into
 
     def moved(self) -> str | None:
         """The name (or position) of the first tensor whose address, dtype, shape, strides or device

@@ -10,7 +10,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.digests import DigestPlan
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import is_target
 from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
@@ -32,6 +32,7 @@ from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import SyncState
 from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
+from packedcomm.transports.digest_sums import ReceivedDigests, digest_blocks
 from packedcomm.transports.receiving import Receiving, TargetPlan
 from packedcomm.transports.slots import PIPELINES
 from packedcomm.verification import (
@@ -67,7 +68,7 @@ class Held:
 
     regions: tuple[Region, ...]
     plan: TargetPlan | None
-    memory: DigestPlan | None
+    memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
 
 
@@ -82,7 +83,8 @@ class ShownDigests:
 
     def __call__(self, items: list[tuple[str, torch.Tensor]]) -> None:
         if self.digesting:
-            plan = DigestPlan([tensor for _, tensor in items])
+            tensors = [tensor for _, tensor in items]
+            plan = DigestPlan(tensors, blocks=digest_blocks(tensors[0].device) if tensors else 0)
             self._found.append(([name for name, _ in items], plan.run()))
         self._callback(self._version, items)
 
@@ -199,7 +201,7 @@ class Following:
         shown = None
         staged = isinstance(target, StagedTarget)
         verify = offer.verify == "always" or (offer.verify == "staged" and staged)
-        if not isinstance(target, Target):
+        if not is_target(target):
             target = shown = ShownDigests(offer.version, target)
             shown.digesting = verify
         if offer.statistics and not staged:
@@ -228,6 +230,7 @@ class Following:
                     if again.digest != offer.digest:
                         raise ProtocolError("the sender offers something else meanwhile")
                     session.reply(ready)
+            memory = self._held[manifest.digest].memory if verify else None
             session.phases.enter(SyncState.AGREED)
             allowed = session.settings.move_seconds(manifest.nbytes)
             session.chunk = 0
@@ -237,7 +240,7 @@ class Following:
                 # Old weights are overwritten from here on.
                 self._torn.update(manifest.by_name)
             with abort_on_failure(group, "sync"):
-                receiving.run(manifest)
+                receiving.run(manifest, memory)
         return self._finish(offer, manifest, target, shown, verify, seconds)
 
     def _finish(
@@ -321,7 +324,7 @@ class Following:
         if plan is None:
             held = Held(whole_regions(manifest), None, None)
         else:
-            memory = DigestPlan(plan.destinations)
+            memory = ReceivedDigests(plan.destinations)
             held = Held(regions_of(plan.parts), plan, memory)
         self._held[manifest.digest] = held
         return held.regions
@@ -331,7 +334,7 @@ class Following:
             return shown.take(manifest)
         memory = self._held[manifest.digest].memory
         assert memory is not None
-        return memory.run().cpu()
+        return memory.take()
 
     def _expect(self, stage: str, nbytes: int, *kinds: type[Any]) -> Any:
         """The sender's next message.

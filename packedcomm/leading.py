@@ -16,6 +16,7 @@ from packedcomm.errors import PackedCommError, ProtocolError, SessionStateError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
+from packedcomm.region_digests import RegionDigests
 from packedcomm.results import ChangeStatistics, combined_changes
 from packedcomm.session import SenderSession
 from packedcomm.session.messages import (
@@ -34,9 +35,8 @@ from packedcomm.session.remote_errors import combined
 from packedcomm.session.states import SyncState
 from packedcomm.sources import Snapshot
 from packedcomm.transports.broadcast import abort_on_failure
-from packedcomm.transports.chunk_plans import Entry, entry_of
 from packedcomm.transports.sending import Sending
-from packedcomm.verification import RegionDigests, compare, packed_digests, whole_regions
+from packedcomm.verification import compare, packed_digests, whole_regions
 
 __all__ = ["Leading"]
 
@@ -59,7 +59,6 @@ class Digests:
             for regions in held
         ]
         self.held = held
-        self.entries: list[Entry] | None = None
 
     def compare(self, digests: torch.Tensor, votes: Sequence[Staged]) -> None:
         """Raise `IntegrityError` unless every receiver holds what was sent."""
@@ -171,7 +170,7 @@ class Leading:
         """Send the data; returns when this side's part is done."""
         session = self._session
         digests = self._digest_plan
-        inspect = digests.computed.inspect if digests and snapshot.parts is None else None
+        computed = None if digests is None else digests.computed
         cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
         session.chunk = 0
 
@@ -186,7 +185,7 @@ class Leading:
             session.phases.enter(SyncState.MOVING, allowed)
             session.communicator.set_timeout(allowed)
             with abort_on_failure(session.communicator, "sync"):
-                Sending(session.communicator, 0, cut, inspect, self._wait).run_parts(
+                Sending(session.communicator, 0, cut, computed, self._wait).run_parts(
                     snapshot.manifest,
                     gathered if snapshot.parts is None else snapshot.parts,
                     session.device,
@@ -194,18 +193,6 @@ class Leading:
                     note,
                     keep_for=None if snapshot.parts is None else snapshot,
                 )
-            if digests is not None:
-                with measured(seconds, "verify"):
-                    self._finish_digests(snapshot, digests)
-
-    def _finish_digests(self, snapshot: Snapshot, digests: Digests) -> None:
-        if snapshot.parts is not None:
-            if digests.entries is None:
-                specs = snapshot.manifest.specs
-                digests.entries = [
-                    entry_of(spec, parts) for spec, parts in zip(specs, snapshot.parts, strict=True)
-                ]
-            digests.computed.run_kept(range(digests.tensors), digests.entries)
 
     def verify(self, seconds: dict[str, float]) -> torch.Tensor | None:
         """Have every receiver's vote that it holds everything, and compare digests; returns each

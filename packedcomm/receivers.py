@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import (
     ArgumentError,
     ContextLost,
@@ -55,7 +55,7 @@ class WeightReceiver:
     """
 
     def __init__(self, target: Target | OnWeights, session: ReceiverSession) -> None:
-        if not isinstance(target, Target) and not callable(target):
+        if not is_target(target) and not callable(target):
             raise ArgumentError(
                 f"target must have place and commit, or be callable, got {type(target).__name__}"
             )

@@ -9,33 +9,25 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from packedcomm.copying import BufferPlan, CopyPlan, Part
-from packedcomm.digests import DigestPlan
+from packedcomm.copying import Part
 from packedcomm.errors import IntegrityError, ProtocolError, listed
 from packedcomm.manifest import Manifest, dtype_name
 from packedcomm.results import ChangeStatistics
 from packedcomm.session.messages import Region
 from packedcomm.targets.staged import StagedPart
-from packedcomm.transports.chunk_plans import Composed, Entry
 
 __all__ = [
     "ChangeCount",
-    "RegionDigests",
     "change_statistics",
     "compare",
     "packed_digests",
     "regions_of",
     "whole_regions",
 ]
-
-# Converted values that a digest needs are kept from one sync to the next up to this size.
-_KEPT_BYTES = 64 << 20
 
 # Digests of tensors that only earlier syncs had.
 _REMEMBERED = 100_000
@@ -147,140 +139,6 @@ class ChangeCount:
         for owner, digest in zip(self._owners.tolist(), self._last.tolist(), strict=True):
             found.setdefault(self._names[owner], []).append(digest)
         return found
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Digests of some regions, in their order."""
-
-    order: torch.Tensor
-    """Numbers of the regions."""
-    prepare: list[Callable[[], None]]
-    """Fill the temporary memory that some of the digests are of."""
-    digests: DigestPlan
-    temporary_bytes: int
-
-    def run(self) -> torch.Tensor:
-        for fill in self.prepare:
-            fill()
-        return self.digests.run()
-
-
-class RegionDigests:
-    """The digests that regions must have, computed on the sender from what it sends.
-
-    Args:
-        manifest: what is sent.
-        regions: as a receiver named them.
-
-    Raises:
-        ProtocolError: a region isn't inside its tensor.
-    """
-
-    def __init__(self, manifest: Manifest, regions: Sequence[Region]) -> None:
-        self._regions = regions
-        self._by_tensor: dict[int, list[int]] = {}
-        for number, region in enumerate(regions):
-            _check_region(manifest, region)
-            self._by_tensor.setdefault(region.tensor, []).append(number)
-        self._found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._kept: list[_Batch] | None = None
-
-    def inspect(self, indices: Sequence[int], entries: Sequence[Entry]) -> None:
-        """Digest the regions of some tensors; on a GPU enqueued on the current stream."""
-        for batch in self._batches(indices, entries):
-            self._found.append((batch.order, batch.run()))
-
-    def run_kept(self, indices: Sequence[int], entries: Sequence[Entry]) -> None:
-        """As `inspect`, for all tensors at once when they are the same at every sync."""
-        if self._kept is None:
-            kept = self._batches(indices, entries)
-            if sum(batch.temporary_bytes for batch in kept) > _KEPT_BYTES:
-                self._one_by_one(indices, entries)
-                return
-            self._kept = kept
-        for batch in self._kept:
-            self._found.append((batch.order, batch.run()))
-
-    def _one_by_one(self, indices: Sequence[int], entries: Sequence[Entry]) -> None:
-        for index, entry in zip(indices, entries, strict=True):
-            self.inspect([index], [entry])
-
-    def take(self) -> torch.Tensor:
-        """All digests as int64 on the CPU, in the order of the regions; waits for a GPU."""
-        digests = torch.zeros(len(self._regions), dtype=torch.int64)
-        for order, values in self._found:
-            digests[order] = values.cpu()
-        self._found.clear()
-        return digests
-
-    def _batches(self, indices: Sequence[int], entries: Sequence[Entry]) -> list[_Batch]:
-        by_device: dict[torch.device, list[tuple[int, Entry]]] = {}
-        for index, entry in zip(indices, entries, strict=True):
-            if index in self._by_tensor:
-                by_device.setdefault(_device_of(entry), []).append((index, entry))
-        return [self._batch(items) for items in by_device.values()]
-
-    def _batch(self, items: Sequence[tuple[int, Entry]]) -> _Batch:
-        order: list[int] = []
-        views: list[torch.Tensor] = []
-        prepare: list[Callable[[], None]] = []
-        pairs: list[tuple[torch.Tensor, torch.Tensor, float]] = []
-        temporary = 0
-        for index, entry in items:
-            if isinstance(entry, Composed):
-                tensor, fill = _compose(entry)
-                prepare.append(fill)
-                temporary += tensor.nbytes
-            else:
-                tensor = entry
-            for number in self._by_tensor[index]:
-                region = self._regions[number]
-                view = tensor[tuple(map(slice, region.offset, _stop(region)))]
-                dtype: torch.dtype = getattr(torch, region.dtype)
-                if dtype != view.dtype or region.scale != 1.0:
-                    converted = torch.empty(region.shape, dtype=dtype, device=view.device)
-                    pairs.append((view, converted, region.scale))
-                    temporary += converted.nbytes
-                    view = converted
-                order.append(number)
-                views.append(view)
-        if pairs:
-            prepare.append(CopyPlan(pairs, cast=True).run)
-        numbers = torch.tensor(order, dtype=torch.int64)
-        return _Batch(numbers, prepare, DigestPlan(views), temporary)
-
-
-def _stop(region: Region) -> tuple[int, ...]:
-    return tuple(a + n for a, n in zip(region.offset, region.shape, strict=True))
-
-
-def _check_region(manifest: Manifest, region: Region) -> None:
-    if not 0 <= region.tensor < len(manifest.specs):
-        raise ProtocolError(f"a region names tensor {region.tensor} of {len(manifest.specs)}")
-    spec = manifest.specs[region.tensor]
-    inside = len(region.offset) == len(region.shape) == len(spec.shape) and all(
-        min(a, n) >= 0 and a + n <= extent
-        for a, n, extent in zip(region.offset, region.shape, spec.shape, strict=True)
-    )
-    if not inside:
-        raise ProtocolError(
-            f"a region at {region.offset} of shape {region.shape} leaves tensor {spec.name!r} of "
-            f"shape {spec.shape}"
-        )
-
-
-def _device_of(entry: Entry) -> torch.device:
-    return entry.parts[0].tensor.device if isinstance(entry, Composed) else entry.device
-
-
-def _compose(entry: Composed) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Memory for a named tensor, and what puts it together there."""
-    device = _device_of(entry)
-    plan = BufferPlan(device, into_buffer=True)
-    plan.add_parts(entry.parts, entry.dtype, entry.spec.shape, 0, entry.spec.name)
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
-    return buffer.view(entry.dtype).view(entry.spec.shape), partial(plan.run, buffer)
 
 
 def change_statistics(pairs: Iterable[StagedPart]) -> dict[str, ChangeStatistics]:

@@ -92,10 +92,12 @@ class DeviceTable {
     }
   }
 
-  // Whole tensors to or from the buffer, each contiguous there at its offset.
+  // Whole tensors to or from the buffer, each contiguous there at its offset. `numbers` are those
+  // of their digests; empty where none will be asked for.
   void add_packed(const py::list& tensors, const py::object& names, const py::sequence& offsets,
-                  const py::sequence& sizes) {
+                  const py::sequence& sizes, const std::vector<std::int64_t>& numbers) {
     require_buffer(true);
+    if (!numbers.empty()) require_equal(tensors.size(), numbers.size(), "tensors and numbers");
     if (tensors.size() != offsets.size() || tensors.size() != sizes.size()) {
       throw Error(ErrorKind::kArgument, "tensors, offsets and sizes differ in number");
     }
@@ -112,17 +114,23 @@ class DeviceTable {
         ArrayView packed = tensor.array;
         packed.address = static_cast<std::uint64_t>(offset);
         packed.strides = nullptr;
+        const std::size_t before = table_.segments().size();
         into_buffer() ? table_.add(tensor.array, packed) : table_.add(packed, tensor.array);
         record_.add(tensor);
+        if (!numbers.empty() && table_.segments().size() == before + 1) {
+          digest_pieces({{before, 0, numbers[i], size}});
+        }
       });
     }
   }
 
   // Boxes of one named tensor, which lies row-major in the buffer. `like` has the named tensor's
-  // type.
+  // type. `number` is that of the named tensor's digest, or of the first part's where the parts are
+  // taken from the buffer; negative where none will be asked for.
   void add_parts(const py::list& tensors, const py::list& offsets,
                  const std::vector<double>& scales, const py::object& like,
-                 std::vector<std::int64_t> shape, std::int64_t offset, const py::object& name) {
+                 std::vector<std::int64_t> shape, std::int64_t offset, const py::object& name,
+                 std::int64_t number) {
     require_buffer(true);
     require_equal(tensors.size(), offsets.size(), "tensors and offsets");
     require_equal(tensors.size(), scales.size(), "tensors and scales");
@@ -130,6 +138,9 @@ class DeviceTable {
       const TensorView named = read_tensor(like);
       const std::vector<std::int64_t> whole(shape.size(), 0);
       const BufferTensor packed(offset, named.array.item_bytes, std::move(shape));
+      const std::int64_t nbytes = packed.end() - offset;
+      std::vector<CopyTable::DigestPiece> pieces;
+      std::int64_t whole_runs = 0;
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         const TensorView part = read(tensors[i]);
         const bool is_whole = offsets[i].is_none();
@@ -137,6 +148,7 @@ class DeviceTable {
             packed.box(is_whole ? whole : offsets[i].cast<std::vector<std::int64_t>>(),
                        part.array.dims, part.array.shape);
         if (is_whole) packed.require_shape(part.array.shape);
+        const std::size_t before = table_.segments().size();
         if (into_buffer()) {
           table_.add(part.array, box,
                      conversion_between(part.type, tensors[i], named.type, like, scales[i], true));
@@ -145,17 +157,29 @@ class DeviceTable {
                      conversion_between(named.type, like, part.type, tensors[i], scales[i], true));
         }
         record_.add(part);
+        if (number < 0 || table_.segments().size() != before + 1) continue;
+        if (into_buffer()) {
+          const auto begin = static_cast<std::int64_t>(box.address) - offset;
+          pieces.push_back({before, begin, number, nbytes});
+          whole_runs += table_.segments()[before].run_bytes;
+        } else {
+          digest_pieces({{before, 0, number + static_cast<std::int64_t>(i), part.array.nbytes()}});
+        }
+      }
+      // Parts that leave something out, or that aren't one run each, don't make up the digest.
+      if (number >= 0 && pieces.size() == tensors.size() && whole_runs == nbytes) {
+        digest_pieces(pieces);
       }
       extent_ = std::max(extent_, packed.end());
     });
   }
 
-  void copy(int threads, std::uint64_t buffer) const {
+  void copy(int threads, std::uint64_t buffer, std::uint64_t digests) const {
     if (device_.type != DeviceId::kHost) {
       throw Error(ErrorKind::kArgument, "this table is of " + device_name(device_));
     }
     const py::gil_scoped_release unlocked;
-    copy_on_cpu(table_, buffer, threads);
+    copy_on_cpu(table_, buffer, reinterpret_cast<std::uint64_t*>(digests), threads);
   }
 
   void write(std::uint64_t address, std::size_t capacity) const {
@@ -166,13 +190,14 @@ class DeviceTable {
   }
 
   void launch([[maybe_unused]] std::uint64_t table_address, [[maybe_unused]] std::uint64_t stream,
-              [[maybe_unused]] int blocks, [[maybe_unused]] std::uint64_t buffer) const {
+              [[maybe_unused]] int blocks, [[maybe_unused]] std::uint64_t buffer,
+              [[maybe_unused]] std::uint64_t digests) const {
     if (device_.type != DeviceId::kCuda) {
       throw Error(ErrorKind::kArgument, "this table is of the CPU");
     }
 #ifdef PACKEDCOMM_CUDA_ARCHITECTURES
     const py::gil_scoped_release unlocked;
-    copy_on_cuda(table_, table_address, buffer, stream, blocks);
+    copy_on_cuda(table_, table_address, buffer, digests, stream, blocks);
 #else
     throw Error(ErrorKind::kCuda,
                 "packedcomm was built without CUDA: build it again where nvcc is on PATH");
@@ -200,8 +225,21 @@ class DeviceTable {
     return record_.first_change(tensors);
   }
   const CopyTable& table() const { return table_; }
+  // Numbers of the digests that a run with digests makes.
+  const std::vector<std::int64_t>& digested() const noexcept { return digested_; }
+  // How many digests such a run must be given.
+  std::int64_t digest_extent() const noexcept { return digest_extent_; }
 
  private:
+  // Have the copies make one digest, if all pieces of it can be told tile by tile.
+  void digest_pieces(const std::vector<CopyTable::DigestPiece>& pieces) {
+    const auto can = [&](const auto& piece) { return table_.can_digest(piece); };
+    if (pieces.empty() || !std::all_of(pieces.begin(), pieces.end(), can)) return;
+    for (const auto& piece : pieces) table_.digest(piece);
+    digested_.push_back(pieces.front().number);
+    digest_extent_ = std::max(digest_extent_, pieces.front().number + 1);
+  }
+
   bool into_buffer() const noexcept { return table_.buffer_side() == BufferSide::kDestination; }
 
   void require_buffer(bool wanted) const {
@@ -217,6 +255,8 @@ class DeviceTable {
   CopyTable table_;
   TensorRecord record_;
   std::int64_t extent_ = 0;
+  std::vector<std::int64_t> digested_;
+  std::int64_t digest_extent_ = 0;
 };
 
 TensorRecord record_of(const py::sequence& tensors) {
@@ -245,17 +285,21 @@ void register_copy(py::module_& module) {
       .def("add_pairs", &DeviceTable::add_pairs, py::arg("sources"), py::arg("destinations"),
            py::arg("names"), py::arg("scales"), py::arg("cast"))
       .def("add_packed", &DeviceTable::add_packed, py::arg("tensors"), py::arg("names"),
-           py::arg("offsets"), py::arg("sizes"))
+           py::arg("offsets"), py::arg("sizes"), py::arg("numbers"))
       .def("add_parts", &DeviceTable::add_parts, py::arg("tensors"), py::arg("offsets"),
-           py::arg("scales"), py::arg("like"), py::arg("shape"), py::arg("offset"), py::arg("name"))
+           py::arg("scales"), py::arg("like"), py::arg("shape"), py::arg("offset"), py::arg("name"),
+           py::arg("number"))
       .def("describe", &DeviceTable::describe, py::arg("tensors"), py::arg("names"))
       .def("first_change", &DeviceTable::first_change, py::arg("tensors"))
-      .def("copy", &DeviceTable::copy, py::arg("threads"), py::arg("buffer") = 0)
+      .def("copy", &DeviceTable::copy, py::arg("threads"), py::arg("buffer") = 0,
+           py::arg("digests") = 0)
       .def("write", &DeviceTable::write, py::arg("address"), py::arg("capacity"))
       .def("launch", &DeviceTable::launch, py::arg("table_address"), py::arg("stream"),
-           py::arg("blocks"), py::arg("buffer") = 0)
+           py::arg("blocks"), py::arg("buffer") = 0, py::arg("digests") = 0)
       .def_property_readonly("nbytes", &DeviceTable::nbytes)
       .def_property_readonly("extent", &DeviceTable::extent)
+      .def_property_readonly("digested", &DeviceTable::digested)
+      .def_property_readonly("digest_extent", &DeviceTable::digest_extent)
       .def_property_readonly("segments",
                              [](const DeviceTable& t) { return t.table().segments().size(); })
       .def_property_readonly("tiles", [](const DeviceTable& t) { return t.table().tiles(); })

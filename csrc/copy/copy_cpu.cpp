@@ -5,6 +5,8 @@
 #include <cstring>
 
 #include "convert_cpu.hpp"
+#include "digest.hpp"
+#include "digest_words_cpu.hpp"
 #include "thread_pool.hpp"
 #include "tiling.hpp"
 
@@ -20,6 +22,9 @@ constexpr std::int64_t kSerialBytes = 256 << 10;
 // From this size on the destination won't be read from a cache, and writing around it saves reading
 // every destination line first.
 constexpr std::int64_t kStreamingBytes = 64 << 20;
+
+// What is digested right after it was copied, while the first cache still holds it.
+constexpr std::int64_t kDigestPieceBytes = 16 << 10;
 
 using CopyRun = void (*)(char*, const char*, std::int64_t);
 
@@ -129,9 +134,38 @@ void copy_tile(const Segment& segment, const Bases& bases, std::int64_t tile_byt
   }
 }
 
+// A tile of a run that is part of a digest: of the bytes that are copied, as they are read; of
+// converted ones as they are written, since that is what is sent or held.
+void copy_digested_tile(const Segment& segment, const Bases& bases, std::int64_t tile_bytes,
+                        std::int64_t index, CopyRun copy_run, std::uint64_t* digests) {
+  const TileSpan span = locate_tile(segment, tile_bytes, index);
+  const auto conversion = static_cast<int>(segment.conversion);
+  const ConvertRow convert_row = conversion == kCopyBytes ? nullptr : convert_row_of(conversion);
+  auto* to = reinterpret_cast<char*>(segment.destination + bases.destination) + span.offset;
+  const auto* from = reinterpret_cast<const char*>(segment.source + bases.source) +
+                     source_bytes_of(conversion, span.offset);
+  auto word = static_cast<std::uint64_t>(segment.extent[kDigestWord] + span.offset / 8);
+  std::uint64_t sum = word == 0 ? digest_of_length(segment.extent[kDigestBytes]) : 0;
+  for (std::int64_t left = span.bytes; left > 0; left -= kDigestPieceBytes) {
+    const std::int64_t bytes = left < kDigestPieceBytes ? left : kDigestPieceBytes;
+    if (convert_row != nullptr) {
+      convert_row(to, 0, from, 0, 1, bytes / destination_item_bytes(conversion), segment.scale);
+      sum += digest_bytes(to, bytes, word);
+    } else {
+      copy_run(to, from, bytes);
+      sum += digest_bytes(from, bytes, word);
+    }
+    to += bytes;
+    from += source_bytes_of(conversion, bytes);
+    word += kDigestPieceBytes / 8;
+  }
+  __atomic_fetch_add(&digests[segment.extent[kDigestNumber] - 1], sum, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
-void copy_on_cpu(const CopyTable& table, std::uint64_t buffer, int threads) noexcept {
+void copy_on_cpu(const CopyTable& table, std::uint64_t buffer, std::uint64_t* digests,
+                 int threads) noexcept {
   const Bases bases = table.bases(buffer);
   const bool streaming = table.nbytes() >= kStreamingBytes;
   const CopyRun copy_run = streaming ? copy_run_streaming : copy_run_cached;
@@ -149,7 +183,13 @@ void copy_on_cpu(const CopyTable& table, std::uint64_t buffer, int threads) noex
         find_segment(first_tiles.data(), static_cast<std::int64_t>(segments.size()), tile));
     for (; tile < end; ++tile) {
       if (row + 1 < segments.size() && first_tiles[row + 1] <= tile) ++row;
-      copy_tile(segments[row], bases, table.tile_bytes(), tile - first_tiles[row], copy_run);
+      const Segment& segment = segments[row];
+      const std::int64_t index = tile - first_tiles[row];
+      if (digests != nullptr && segment.dims == 0 && segment.extent[kDigestNumber] != 0) {
+        copy_digested_tile(segment, bases, table.tile_bytes(), index, copy_run, digests);
+      } else {
+        copy_tile(segment, bases, table.tile_bytes(), index, copy_run);
+      }
     }
     // Streaming stores are weakly ordered: they must be visible before another thread is told.
     if (streaming) finish_streaming();

@@ -7,12 +7,13 @@
 #include "convert_cuda.cuh"
 #include "copy_cuda.hpp"
 #include "cuda_check.hpp"
+#include "digest_cuda.cuh"
 #include "tiling.hpp"
 
 namespace packedcomm {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kDigestThreads;
 // Loads that a thread has in flight before its first store.
 constexpr int kUnroll = 4;
 // Runs at least this long are copied by a warp each, shorter ones by a thread each.
@@ -154,39 +155,89 @@ __device__ __forceinline__ void convert_tile(const Segment& segment, const Bases
   }
 }
 
-// Tables without conversions have a kernel of their own, which needs fewer registers.
 template <bool kConverts>
-__global__ void __launch_bounds__(kThreads, 2)
+__device__ __forceinline__ void apply_tile(const Segment& segment, const Bases& bases,
+                                           const TileSpan& span) {
+  if constexpr (kConverts) {
+    const auto conversion = static_cast<int>(segment.conversion);
+    if (conversion != kCopyBytes) {
+      with_types(conversion, [&](auto source, auto destination) {
+        convert_tile<decltype(source), decltype(destination)>(segment, bases, span);
+      });
+      return;
+    }
+  }
+  copy_tile(segment, bases, span);
+}
+
+// A tile of a run that is part of a digest; returns this thread's share of what it adds. Copied
+// bytes are digested as they are read, from registers where both sides are aligned; converted ones
+// as they were written, since that is what is sent or held.
+template <bool kConverts>
+__device__ __forceinline__ std::uint64_t apply_and_digest_tile(const Segment& segment,
+                                                               const Bases& bases,
+                                                               const TileSpan& span) {
+  const auto word = static_cast<std::uint64_t>(segment.extent[kDigestWord] + span.offset / 8);
+  const bool first = word == 0 && threadIdx.x == 0;
+  std::uint64_t sum = first ? digest_of_length(segment.extent[kDigestBytes]) : 0;
+  auto* to = reinterpret_cast<char*>(segment.destination + bases.destination + span.offset);
+  if (kConverts && segment.conversion != kCopyBytes) {
+    apply_tile<kConverts>(segment, bases, span);
+    __syncthreads();  // other threads wrote what this one reads now
+    return sum + digest_span(to, span.bytes, word);
+  }
+  const auto* from = reinterpret_cast<const char*>(segment.source + bases.source + span.offset);
+  if (is_aligned(to, 16) && is_aligned(from, 16)) {
+    return sum + digest_aligned<true>(from, to, span.bytes, word);
+  }
+  copy_span(to, from, span.bytes, static_cast<int>(threadIdx.x), kThreads);
+  return sum + digest_span(from, span.bytes, word);
+}
+
+// With both conversions and digests there is no room for two blocks without spilling; beside NCCL,
+// where that kernel is used, there are fewer blocks than multiprocessors anyway.
+template <bool kConverts, bool kDigests>
+constexpr int kBlocksPerProcessor = (kConverts ? 1 : 0) + (kDigests ? 1 : 0) == 2 ? 1 : 2;
+
+// Tables without conversions and runs without digests have kernels of their own, which need fewer
+// registers.
+template <bool kConverts, bool kDigests>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kConverts, kDigests>)
     run_tiles(const Segment* __restrict__ segments, const std::int64_t* __restrict__ first_tiles,
-              std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes, Bases bases) {
+              std::int64_t rows, std::int64_t tiles, std::int64_t tile_bytes, Bases bases,
+              unsigned long long* digests) {
   for (std::int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const std::int64_t row = find_segment(first_tiles, rows, t);
     const Segment& segment = segments[row];
     const TileSpan span = locate_tile(segment, tile_bytes, t - first_tiles[row]);
-    if constexpr (kConverts) {
-      const auto conversion = static_cast<int>(segment.conversion);
-      if (conversion != kCopyBytes) {
-        with_types(conversion, [&](auto source, auto destination) {
-          convert_tile<decltype(source), decltype(destination)>(segment, bases, span);
-        });
+    if constexpr (kDigests) {
+      // The same for all threads of the block, which meet at barriers in there.
+      if (segment.dims == 0 && segment.extent[kDigestNumber] != 0) {
+        const std::uint64_t sum = apply_and_digest_tile<kConverts>(segment, bases, span);
+        add_to_digest(sum, digests + segment.extent[kDigestNumber] - 1);
         continue;
       }
     }
-    copy_tile(segment, bases, span);
+    apply_tile<kConverts>(segment, bases, span);
   }
 }
 
 using Kernel = void (*)(const Segment*, const std::int64_t*, std::int64_t, std::int64_t,
-                        std::int64_t, Bases);
+                        std::int64_t, Bases, unsigned long long*);
+
+Kernel kernel_of(bool converts, bool digests) {
+  if (digests) return converts ? run_tiles<true, true> : run_tiles<false, true>;
+  return converts ? run_tiles<true, false> : run_tiles<false, false>;
+}
 
 }  // namespace
 
 void copy_on_cuda(const CopyTable& table, std::uint64_t uploaded, std::uint64_t buffer,
-                  std::uint64_t stream, int blocks) {
+                  std::uint64_t digests, std::uint64_t stream, int blocks) {
   if (table.tiles() == 0) return;
   // Errors of earlier, unrelated calls must not be reported as this launch's.
   (void)cudaGetLastError();
-  const Kernel kernel = table.converts() ? run_tiles<true> : run_tiles<false>;
+  const Kernel kernel = kernel_of(table.converts(), digests != 0);
   std::int64_t grid =
       blocks > 0 ? blocks
                  : blocks_that_fill_device(reinterpret_cast<const void*>(kernel), kThreads);
@@ -195,7 +246,8 @@ void copy_on_cuda(const CopyTable& table, std::uint64_t uploaded, std::uint64_t 
   const auto* rows = reinterpret_cast<const Segment*>(uploaded);
   const auto* first_tiles = reinterpret_cast<const std::int64_t*>(rows + segments);
   kernel<<<static_cast<unsigned>(grid), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      rows, first_tiles, segments, table.tiles(), table.tile_bytes(), table.bases(buffer));
+      rows, first_tiles, segments, table.tiles(), table.tile_bytes(), table.bases(buffer),
+      reinterpret_cast<unsigned long long*>(digests));
   check_cuda(cudaGetLastError(), "launch of the copy kernel");
 }
 

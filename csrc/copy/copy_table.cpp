@@ -160,6 +160,19 @@ void CopyTable::add(const ArrayView& source, const ArrayView& destination,
   }
 }
 
+bool CopyTable::can_digest(const DigestPiece& piece) const noexcept {
+  const Segment& segment = segments_[piece.segment];
+  const std::int64_t end = piece.begin + segment.run_bytes;
+  return segment.dims == 0 && piece.begin % 8 == 0 && (end % 8 == 0 || end == piece.nbytes);
+}
+
+void CopyTable::digest(const DigestPiece& piece) noexcept {
+  Segment& segment = segments_[piece.segment];
+  segment.extent[kDigestNumber] = piece.number + 1;
+  segment.extent[kDigestWord] = piece.begin / 8;
+  segment.extent[kDigestBytes] = piece.nbytes;
+}
+
 void CopyTable::push(const Segment& segment) {
   segments_.push_back(segment);
   first_tiles_.push_back(tiles_);

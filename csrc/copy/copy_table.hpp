@@ -43,6 +43,20 @@ class CopyTable {
   void add(const ArrayView& source, const ArrayView& destination,
            const Conversion& conversion = {});
 
+  // A segment as part of a digest: number `number` (from 0), of `nbytes` bytes, of which this one
+  // has those from byte `begin` on, counted in the destination.
+  struct DigestPiece {
+    std::size_t segment;
+    std::int64_t begin;
+    std::int64_t number;
+    std::int64_t nbytes;
+  };
+  // Whether that can be told tile by tile: one run that begins and ends at whole words, or where
+  // the bytes end.
+  bool can_digest(const DigestPiece& piece) const noexcept;
+  // From now on a run with digests adds the segment's bytes; needs can_digest.
+  void digest(const DigestPiece& piece) noexcept;
+
   std::int64_t tile_bytes() const noexcept { return tile_bytes_; }
   BufferSide buffer_side() const noexcept { return buffer_side_; }
   Bases bases(std::uint64_t buffer) const noexcept {

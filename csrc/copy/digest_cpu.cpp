@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "digest_words_cpu.hpp"
 #include "thread_pool.hpp"
 #include "tiling.hpp"
 
@@ -14,23 +15,6 @@ namespace {
 constexpr std::int64_t kSerialBytes = 256 << 10;
 constexpr std::int64_t kPieceBytes = 8 << 10;
 static_assert(kDigestTileBytes % kPieceBytes == 0, "pieces begin at whole words");
-
-// The words of `bytes` contiguous bytes, the first of them number `index`; the last one is padded
-// with zeros.
-std::uint64_t digest_bytes(const char* from, std::int64_t bytes, std::uint64_t index) {
-  std::uint64_t sum = 0;
-  std::uint64_t word;
-  for (; bytes >= 8; bytes -= 8, from += 8, ++index) {
-    std::memcpy(&word, from, 8);
-    sum += digest_of_word(word, index);
-  }
-  if (bytes > 0) {
-    word = 0;
-    std::memcpy(&word, from, static_cast<std::size_t>(bytes));
-    sum += digest_of_word(word, index);
-  }
-  return sum;
-}
 
 template <std::size_t kBytes>
 void gather_items(char* to, const char* from, std::int64_t stride, std::int64_t count) {
@@ -84,11 +68,11 @@ void gather(const DigestRow& row, const DigestDim* dims, std::int64_t begin, std
 std::uint64_t digest_tile(const DigestRow& row, const DigestDim* dims, std::int64_t tile) {
   std::int64_t begin = tile * kDigestTileBytes;
   const std::int64_t end = std::min(begin + kDigestTileBytes, row.nbytes);
+  std::uint64_t sum = tile == 0 ? digest_of_length(row.nbytes) : 0;
   if (row.dims == 0) {
-    return digest_bytes(reinterpret_cast<const char*>(row.address) + begin, end - begin,
-                        static_cast<std::uint64_t>(begin / 8));
+    return sum + digest_bytes(reinterpret_cast<const char*>(row.address) + begin, end - begin,
+                              static_cast<std::uint64_t>(begin / 8));
   }
-  std::uint64_t sum = 0;
   char piece[kPieceBytes];
   for (; begin < end; begin += kPieceBytes) {
     const std::int64_t bytes = std::min(kPieceBytes, end - begin);
@@ -101,8 +85,6 @@ std::uint64_t digest_tile(const DigestRow& row, const DigestDim* dims, std::int6
 }  // namespace
 
 void digest_on_cpu(const DigestTable& table, std::uint64_t* digests, int threads) noexcept {
-  const auto& initial = table.initial();
-  std::copy(initial.begin(), initial.end(), digests);
   const auto& first_tiles = table.first_tiles();
   const auto rows = static_cast<std::int64_t>(table.rows().size());
   // Neighbouring tiles are taken together: a task should be worth handing out.
@@ -111,10 +93,10 @@ void digest_on_cpu(const DigestTable& table, std::uint64_t* digests, int threads
   parallel_for(tasks, table.nbytes() < kSerialBytes ? 1 : threads, [&](std::int64_t task) {
     const std::int64_t end = std::min((task + 1) * kTilesPerTask, table.tiles());
     for (std::int64_t tile = task * kTilesPerTask; tile < end; ++tile) {
-      const auto row = static_cast<std::size_t>(find_segment(first_tiles.data(), rows, tile));
-      const std::uint64_t sum =
-          digest_tile(table.rows()[row], table.dims().data(), tile - first_tiles[row]);
-      __atomic_fetch_add(&digests[row], sum, __ATOMIC_RELAXED);
+      const auto found = static_cast<std::size_t>(find_segment(first_tiles.data(), rows, tile));
+      const DigestRow& row = table.rows()[found];
+      const std::uint64_t sum = digest_tile(row, table.dims().data(), tile - first_tiles[found]);
+      __atomic_fetch_add(&digests[row.number], sum, __ATOMIC_RELAXED);
     }
   });
 }

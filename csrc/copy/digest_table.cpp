@@ -1,13 +1,18 @@
 // Normalisation of strided arrays into runs in row-major order.
 #include "digest_table.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 namespace packedcomm {
 
-void DigestTable::add(const ArrayView& array) {
-  DigestRow row{array.address, array.nbytes(), array.nbytes(),
-                static_cast<std::int64_t>(dims_.size()), 0};
+void DigestTable::add(const ArrayView& array, std::int64_t number) {
+  DigestRow row{array.address,
+                number,
+                array.nbytes(),
+                array.nbytes(),
+                static_cast<std::int64_t>(dims_.size()),
+                0};
   if (row.nbytes > 0 && !array.contiguous()) {
     row.run_bytes = array.item_bytes;
     for (std::size_t d = 0; d < array.dims; ++d) {
@@ -29,13 +34,12 @@ void DigestTable::add(const ArrayView& array) {
   }
   rows_.push_back(row);
   first_tiles_.push_back(tiles_);
-  initial_.push_back(digest_of_length(row.nbytes));
-  tiles_ += (row.nbytes + kDigestTileBytes - 1) / kDigestTileBytes;
+  tiles_ += std::max<std::int64_t>((row.nbytes + kDigestTileBytes - 1) / kDigestTileBytes, 1);
   nbytes_ += row.nbytes;
 }
 
 std::size_t DigestTable::table_bytes() const noexcept {
-  return rows_.size() * (sizeof(DigestRow) + sizeof(std::int64_t) + sizeof(std::uint64_t)) +
+  return rows_.size() * (sizeof(DigestRow) + sizeof(std::int64_t)) +
          dims_.size() * sizeof(DigestDim);
 }
 
@@ -48,7 +52,6 @@ void DigestTable::write(void* target) const noexcept {
   };
   append(rows_);
   append(first_tiles_);
-  append(initial_);
   append(dims_);
 }
 

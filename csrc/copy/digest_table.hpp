@@ -13,18 +13,17 @@ namespace packedcomm {
 // Not thread-safe while it is being built; read-only afterwards. Accessors never throw.
 class DigestTable {
  public:
-  void add(const ArrayView& array);
+  // The array's digest will be added to the one with this number.
+  void add(const ArrayView& array, std::int64_t number);
 
   std::int64_t tiles() const noexcept { return tiles_; }
   std::int64_t nbytes() const noexcept { return nbytes_; }
   const std::vector<DigestRow>& rows() const noexcept { return rows_; }
-  // Number of the first tile of each row; a row without bytes has no tile.
+  // Number of the first tile of each row; a row without bytes has one all the same, for its length.
   const std::vector<std::int64_t>& first_tiles() const noexcept { return first_tiles_; }
-  // What each digest is before any word is added to it.
-  const std::vector<std::uint64_t>& initial() const noexcept { return initial_; }
   const std::vector<DigestDim>& dims() const noexcept { return dims_; }
 
-  // The table as one block of bytes: rows, first tiles, initial digests, dimensions.
+  // The table as one block of bytes: rows, first tiles, dimensions.
   std::size_t table_bytes() const noexcept;
   void write(void* target) const noexcept;
 
@@ -33,7 +32,6 @@ class DigestTable {
   std::int64_t nbytes_ = 0;
   std::vector<DigestRow> rows_;
   std::vector<std::int64_t> first_tiles_;
-  std::vector<std::uint64_t> initial_;
   std::vector<DigestDim> dims_;
 };
 

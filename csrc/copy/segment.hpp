@@ -27,6 +27,12 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 128, "the table is uploaded as raw bytes");
 
+// A run without outer dimensions has no extents; where it is all of a digest's bytes, or a piece of
+// them, the first three say which digest.
+constexpr int kDigestNumber = 0;  // counted from 1; 0 means none
+constexpr int kDigestWord = 1;    // number of the run's first word
+constexpr int kDigestBytes = 2;   // bytes of all pieces together
+
 // Added to every address of one side of a table when it is run; 0 where addresses are absolute.
 struct Bases {
   std::uint64_t source = 0;

@@ -1,4 +1,4 @@
-// Loading a few 4-byte words at once, from any address.
+// Loading a few 4-byte words at once, from any address, and storing them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +33,11 @@ __device__ __forceinline__ Words<kWords> load_aligned(const char* from) {
     words.at[0] = *reinterpret_cast<const std::uint32_t*>(from);
   }
   return words;
+}
+
+// To a multiple of 16.
+__device__ __forceinline__ void store_aligned(char* to, const Words<4>& words) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]);
 }
 
 // From any address. The last 4-byte word that is read holds a byte of the range, and so is inside

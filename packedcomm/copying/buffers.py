@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from packedcomm.copying.tables import Execution, Names, new_table
+from packedcomm.copying.tables import Execution, Names, digests_address, new_table
 from packedcomm.errors import ArgumentError, TensorError
 
 __all__ = ["BufferPlan", "Part"]
@@ -80,6 +80,7 @@ class BufferPlan:
         offsets: Sequence[int],
         sizes: Sequence[int],
         names: Names | None = None,
+        numbers: Sequence[int] = (),
     ) -> None:
         """Add whole tensors, each row-major at its offset in the buffer, as bytes.
 
@@ -87,12 +88,13 @@ class BufferPlan:
             tensors: any dtype, shape and strides, on the plan's device.
             offsets, sizes: bytes, one per tensor; sizes must be the tensors' own.
             names: for messages.
+            numbers: of the tensors' digests, see `digested`; empty if none will be asked for.
 
         Raises:
             TensorError: as for `CopyPlan`, naming the tensor.
             ArgumentError: an offset is negative.
         """
-        self._table.add_packed(tensors, names, offsets, sizes)
+        self._table.add_packed(tensors, names, offsets, sizes, numbers)
         self._added(tensors, names)
 
     def add_parts(
@@ -102,6 +104,7 @@ class BufferPlan:
         shape: tuple[int, ...],
         offset: int,
         name: str,
+        number: int = -1,
     ) -> None:
         """Add parts of one named tensor, which lies row-major in the buffer.
 
@@ -114,6 +117,9 @@ class BufferPlan:
             shape: of the named tensor.
             offset: of the named tensor in the buffer, in bytes.
             name: of the tensor, for messages.
+            number: into a buffer, of the named tensor's digest as it is there; out of one, of the
+                first part's, which is of the part's memory, the next part's being one more. -1 if
+                none will be asked for.
 
         Raises:
             TensorError: a part leaves the shape or has another number of dimensions, dtypes differ
@@ -130,6 +136,7 @@ class BufferPlan:
             shape,
             offset,
             name,
+            number,
         )
         self._added(tensors, _Single(name))
 
@@ -148,7 +155,14 @@ class BufferPlan:
         """Bytes that a buffer must have."""
         return self._table.extent
 
-    def run(self, buffer: torch.Tensor) -> None:
+    @property
+    def digested(self) -> Sequence[int]:
+        """Numbers of the digests that a run makes, if it is asked for them: those of contiguous
+        memory whose bytes the copies go through in order, so that every tile's are known by
+        themselves. All other digests need a pass of their own, `packedcomm.digests`."""
+        return self._table.digested
+
+    def run(self, buffer: torch.Tensor, digests: torch.Tensor | None = None) -> None:
         """Copy everything: on a CPU before returning, on a GPU enqueued on the current stream.
 
         The first run on a GPU uploads the table, which is kept.
@@ -156,9 +170,13 @@ class BufferPlan:
         Args:
             buffer: contiguous uint8 memory on the plan's device, `extent` bytes or more, at any
                 alignment. On a GPU it must stay until the copy has run.
+            digests: contiguous int64 memory on the plan's device, to which the copies add the
+                digests of what they read, or of what they write where values are converted, each to
+                its number; zero before. On a GPU it must stay until the copy has run. None copies
+                only.
 
         Raises:
-            ArgumentError: the buffer is too small.
+            ArgumentError: the buffer is too small, or `digests` isn't such memory.
             TensorError: it isn't contiguous uint8 memory of the device.
             CudaError: the launch failed, or packedcomm was built without CUDA.
         """
@@ -172,7 +190,10 @@ class BufferPlan:
             raise ArgumentError(
                 f"the plan leaves its buffer of {buffer.nbytes} bytes: it needs {self.extent}"
             )
-        self._execution.run(buffer.data_ptr())
+        address = 0
+        if digests is not None and self._table.digest_extent:
+            address = digests_address(digests, self.device, self._table.digest_extent)
+        self._execution.run(buffer.data_ptr(), address)
 
     def moved(self) -> str | None:
         """The name (or position, as "#3") of the first tensor whose address, dtype, shape, strides

@@ -10,7 +10,7 @@ import torch
 from packedcomm import _native
 from packedcomm.errors import ArgumentError, CapacityError
 
-__all__ = ["Execution", "Names", "UploadedTable", "new_table", "thread_count"]
+__all__ = ["Execution", "Names", "UploadedTable", "digests_address", "new_table", "thread_count"]
 
 # Bytes per tile. On a GPU two passes of a block of 512 threads with four 16-byte loads each; on a
 # CPU large enough to be worth handing to a thread, small enough to balance.
@@ -42,6 +42,21 @@ def thread_count(threads: int) -> int:
     if threads < 0:
         raise ArgumentError(f"threads must be >= 0, got {threads}")
     return threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def digests_address(digests: torch.Tensor, device: torch.device, count: int) -> int:
+    """Where digests are that a run adds to.
+
+    Raises:
+        ArgumentError: they aren't contiguous int64 memory of the device, or fewer than `count`.
+    """
+    wrong = digests.dtype != torch.int64 or not digests.is_contiguous() or digests.device != device
+    if wrong or digests.numel() < count:
+        raise ArgumentError(
+            f"digests must be {count} or more contiguous int64 on {device}, got "
+            f"{digests.numel()} of {digests.dtype}, strides {digests.stride()}, on {digests.device}"
+        )
+    return digests.data_ptr()
 
 
 class _Table(Protocol):
@@ -116,12 +131,17 @@ class Execution:
         self._blocks = blocks
         self.uploaded = UploadedTable(table, device)
 
-    def run(self, buffer: int = 0) -> None:
-        """Copy everything, `buffer` being the address of the table's buffer, if it has one."""
+    def run(self, buffer: int = 0, digests: int = 0) -> None:
+        """Copy everything.
+
+        Args:
+            buffer: the address of the table's buffer, if it has one.
+            digests: the address of digests that the copies add to; 0 asks for none.
+        """
         if self._device.type == "cpu":
-            self._table.copy(self._threads, buffer)
+            self._table.copy(self._threads, buffer, digests)
         elif self._table.tiles:
             with torch.cuda.device(self._device):
                 stream = torch.cuda.current_stream(self._device)
                 address = self.uploaded.address(stream)
-                self._table.launch(address, stream.cuda_stream, self._blocks, buffer)
+                self._table.launch(address, stream.cuda_stream, self._blocks, buffer, digests)

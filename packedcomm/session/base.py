@@ -153,9 +153,15 @@ class SessionEnd(abc.ABC):
     def _say_to_all(self, message: Message) -> None:
         """Say something that isn't answered to whoever is still there; never raises."""
 
+    def _check_silence(self) -> None:  # noqa: B027  (a receiver looks whenever it waits)
+        """Give up peers that haven't been heard for too long."""
+
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:
         """Let the silence of peers count from so much later."""
+
+    def _give_up_silent_peers(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
+        """A deadline has passed: whoever hasn't been heard lately is the reason."""
 
     @abc.abstractmethod
     def _peers(self) -> list[dict[str, Any]]:
@@ -181,9 +187,13 @@ class SessionEnd(abc.ABC):
 
     def _trouble(self, phase: Phase) -> PackedCommError | None:
         """Why a transfer can't come to its end, although nobody has said so."""
-        waited_for = [str(peer["name"]) for peer in self._waited_for()] or ["its end"]
+        waited_for = [
+            f"{peer['name']} (silent for {peer['silent_s']:.1f} s)" for peer in self._waited_for()
+        ] or ["its end"]
         found: PackedCommError | None = self.phases.overdue(phase, ", ".join(waited_for))
-        if found is None and self._communicator is not None:
+        if found is not None:
+            self._give_up_silent_peers(found)
+        elif self._communicator is not None:
             try:
                 self._communicator.check()
             except SessionStateError:
@@ -214,6 +224,7 @@ class SessionEnd(abc.ABC):
         self._last_look = now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + self.settings.heartbeat_interval_s
+            self._check_silence()
             waited_for = ", ".join(str(peer["name"]) for peer in self._waited_for())
             self._say_to_all(Beat(str(self.state), waited_for[:200]))
 

@@ -23,6 +23,10 @@ SLICE_S = 0.05
 HANDSHAKE_MS = 10_000
 LINGER_MS = 1000
 
+# As plain numbers: the enumerations of pyzmq cost a microsecond per use.
+EVENTS = int(zmq.EVENTS)
+READABLE = int(zmq.POLLIN)
+
 # Frames taken in one go; one peer can't keep the others waiting.
 BATCH = 256
 
@@ -65,14 +69,16 @@ class Channel:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
 
-    def _poll(self, timeout_s: float) -> None:
+    def _poll(self, timeout_s: float) -> tuple[bool, bool]:
+        """Wait for frames or events; whether there are any."""
         # An end of the process by Ctrl-C must find the lock free: a poll is never long.
-        self._poller.poll(round(max(0.0, min(timeout_s, SLICE_S)) * 1000))
+        ready = dict(self._poller.poll(round(max(0.0, min(timeout_s, SLICE_S)) * 1000)))
+        return self._socket in ready, self._monitor in ready
 
     def _events(self) -> list[tuple[int, int]]:
         """What has happened to connections: events, each with its value, a descriptor for some."""
         events = []
-        while self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self._monitor.getsockopt(EVENTS) & READABLE:
             message = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             events.append((int(message["event"]), int(message["value"])))
         return events

@@ -32,6 +32,9 @@ __all__ = ["Dialogue"]
 # waiting themselves, for what the one that failed would have passed on or for this end's word.
 _CUT_SHORT_S = 0.2
 
+# Beats that a peer has missed when a deadline passes, if it is to be the reason.
+MISSED_BEATS = 2
+
 
 class Dialogue(SessionEnd):
     """The sender's end of a session, as far as it is about messages.
@@ -139,9 +142,11 @@ class Dialogue(SessionEnd):
                     break
             if remaining <= 0:
                 for member in waiting:
-                    failures[member.rank] = DeadlineExceeded(
+                    late = DeadlineExceeded(
                         f"{member.name}: no answer to {what} within {seconds:.3g} s"
                     )
+                    failures[member.rank] = late
+                    self._give_up_silent_peers(late)
                 break
             self._check_open(what)
             self._pump(remaining)
@@ -214,8 +219,7 @@ class Dialogue(SessionEnd):
             return self._number
 
     def _take(self, timeout_s: float) -> None:
-        peers = {m.peer for m in self.members.present}
-        frames, gone = self._channel.wait(timeout_s, peers)
+        frames, gone = self._channel.wait(timeout_s, self.members.peers)
         for peer, frame in frames:
             member = self.members.get(peer)
             try:
@@ -236,8 +240,6 @@ class Dialogue(SessionEnd):
         for peer in gone:
             if (member := self.members.get(peer)) is not None:
                 member.disconnect(self._during())
-        for member in self.members.present:
-            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
 
     def _refuse(self, peer: bytes, error: BaseException) -> None:
         """Tell a peer why the session has no place for it. Never raises."""
@@ -265,6 +267,10 @@ class Dialogue(SessionEnd):
     def _during(self) -> str:
         return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
 
+    def _check_silence(self) -> None:
+        for member in self.members.present:
+            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
+
     def _give_more_time(self, seconds: float) -> None:
         for member in self.members:
             member.heard += seconds
@@ -277,16 +283,23 @@ class Dialogue(SessionEnd):
                 if not self._channel.send(member.peer, frame):
                     member.disconnect(self._during())
 
+    def _give_up_silent_peers(self, error: PackedCommError) -> None:
+        for member in self._silent():
+            member.give_up(error)
+
+    def _silent(self) -> list[Member]:
+        """Those with a place that have missed several beats."""
+        late = self.settings.heartbeat_interval_s * MISSED_BEATS
+        return [m for m in self.members.connected if m.silence_s > late]
+
     def _peers(self) -> list[dict[str, Any]]:
         return [member.as_dict() for member in self.members]
 
     def _waited_for(self) -> list[dict[str, Any]]:
         """Receivers that are gone or silent, else those that haven't finished."""
-        members = [m for m in self.members if m.connected]
-        late = self.settings.heartbeat_interval_s * 3
-        suspects = [m for m in members if m.lost or time.monotonic() - m.heard > late]
-        unfinished = [m for m in members if not m.inbox]
-        return [m.as_dict() for m in suspects or unfinished]
+        members = self.members.connected
+        suspects = [m for m in members if m.lost is not None] + self._silent()
+        return [m.as_dict() for m in suspects or [m for m in members if not m.inbox]]
 
 
 def _name(message: Message | Sequence[Message]) -> str:

@@ -39,8 +39,7 @@ def encode(message: Message, number: int = 0, settings: Settings = DEFAULTS) -> 
     Raises:
         ProtocolError: the frame would be larger than `max_frame_bytes`.
     """
-    names = (field.name for field in fields(message))  # type: ignore[arg-type]  # all of them are
-    values = [_listed(getattr(message, name)) for name in names]
+    values = [_listed(getattr(message, name)) for name in _names(type(message))]  # type: ignore[arg-type]  # classes are hashable
     frame: bytes = msgpack.packb([number, type(message).__name__, values], default=_plain)
     if len(frame) > settings.max_frame_bytes:
         raise ProtocolError(
@@ -97,6 +96,12 @@ def decode(frame: bytes, settings: Settings = DEFAULTS) -> tuple[int, Message]:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise ProtocolError(f"malformed frame of {size:,} bytes: {reason}") from None
     return number, message
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    """The fields of a message's class, in their order."""
+    return tuple(field.name for field in fields(kind))
 
 
 def _listed(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost
@@ -52,29 +52,35 @@ class Member:
             self.state, self.waits_for = SyncState(message.state), message.waits_for
         elif isinstance(message, Close):
             self.left = message.in_order
-            self._lose(PeerLost(f"{self.name}: it has left the session: {message.reason}"))
+            self.give_up(PeerLost(f"{self.name}: it has left the session: {message.reason}"))
         elif isinstance(message, Failure) and message.ended:
-            self._lose(remote_error(message, self.name))
+            self.give_up(remote_error(message, self.name))
         else:
             self.inbox.append((number, message))
 
     def disconnect(self, during: str) -> None:
         """Its connection has ended."""
-        self._lose(PeerLost(f"{self.name}: the connection to {self.place} has ended{during}"))
+        self.give_up(PeerLost(f"{self.name}: the connection to {self.place} has ended{during}"))
 
     def check_silence(self, limit_s: float, during: str) -> None:
         """Give it up if nothing was heard of it for so long."""
-        silence = time.monotonic() - self.heard
+        silence = self.silence_s
         if silence > limit_s:
-            self._lose(
+            self.give_up(
                 DeadlineExceeded(
                     f"{self.name}: {self.place} has been silent for {silence:.1f} s{during}: it "
                     "is stopped or hangs"
                 )
             )
 
-    def _lose(self, error: PackedCommError) -> None:
+    def give_up(self, error: PackedCommError) -> None:
+        """Expect nothing more from it, because of an error."""
         self.lost = self.lost or error
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since it was heard last."""
+        return time.monotonic() - self.heard
 
     def failure_since(self, number: int) -> PackedCommError | None:
         """What it has reported, not counting answers to questions before a number; its last words
@@ -93,7 +99,7 @@ class Member:
             "host": self.hello.host,
             "state": str(self.state),
             "waits_for": self.waits_for,
-            "silent_s": round(time.monotonic() - self.heard, 3),
+            "silent_s": round(self.silence_s, 3),
             "lost": None if self.lost is None else str(self.lost)[:500],
         }
 
@@ -109,6 +115,11 @@ class Members:
 
     def __len__(self) -> int:
         return len(self._by_peer)
+
+    @property
+    def peers(self) -> Collection[bytes]:
+        """The connections of all."""
+        return self._by_peer.keys()
 
     def get(self, peer: bytes) -> Member | None:
         """The member with this connection."""
@@ -131,12 +142,11 @@ class Members:
         return [member for member in self if member.connected]
 
     def take_out_gone(self) -> list[Member]:
-        """Drop those that have gone; returns those of whom no error has told yet and who didn't
-        leave in order."""
+        """Drop those that have gone, and return those of them that didn't leave in order."""
         gone = [member for member in self if member.lost is not None]
         for member in gone:
             del self._by_peer[member.peer]
-        return [member for member in gone if not member.reported and not member.left]
+        return [member for member in gone if not member.left]
 
     def rank_anew(self) -> None:
         """Number those that are there from 1 on; none has a place in a communicator any more."""

@@ -126,8 +126,11 @@ class ReceiverChannel(Channel):
         with self._lock:
             self._check_open()
             if not self.lost:
-                self._poll(timeout_s)
-                self._notice_loss()
+                readable, eventful = self._poll(timeout_s)
+                if eventful:
+                    self._notice_loss()
+                elif not readable:
+                    return []
             frames = self._last_words or self._take(BATCH)
             self._last_words = []
         return frames

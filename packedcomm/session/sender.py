@@ -162,12 +162,16 @@ class SenderSession(Dialogue):
 
     def _drop_gone(self) -> None:
         gone = self.members.take_out_gone()
+        for member in gone:
+            # One that was only stopped learns it when it wakes up.
+            farewell = Close(f"the session goes on without it: {member.lost}"[:4000], False)
+            self._channel.send(member.peer, encode(farewell, 0, self.settings))
+            logger.warning("%s: goes on without %s: %s", self.epoch[:8], member.name, member.lost)
         if len(self.members.connected) + 1 != self.world_size:
             self.drop_communicator("the members of the session have changed")
-        if gone:
-            for member in gone:
-                logger.warning("session %s goes on without %s", self.epoch[:8], member.lost)
-            raise combined({m.rank: m.lost for m in gone if m.lost is not None})
+        untold = {m.rank: m.lost for m in gone if m.lost is not None and not m.reported}
+        if untold:
+            raise combined(untold)
 
     def _await_members(self, wanted: int) -> None:
         begin = time.monotonic()

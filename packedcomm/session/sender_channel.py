@@ -93,17 +93,17 @@ class SenderChannel(Channel):
         """
         with self._lock:
             self._check_open()
-            self._poll(timeout_s)
-            frames = self._take()
+            readable, eventful = self._poll(timeout_s)
+            frames = self._take() if readable else []
             gone = set()
             now = time.monotonic()
-            if self._note_connections(now):
+            if eventful and self._note_connections(now):
                 # The event doesn't say whose connection it was.
                 self._suspect_until = now + SUSPECT_S
                 self._next_question = now
             if self._next_question <= now < self._suspect_until:
                 self._next_question = now + SUSPECT_PAUSE_S
-                gone = {peer for peer in peers if not self._try_to_send(peer, b"")}
+                gone = {peer for peer in list(peers) if not self._try_to_send(peer, b"")}
                 # What they said before they went.
                 frames += self._take()
         return frames, gone
@@ -131,22 +131,21 @@ class SenderChannel(Channel):
 
     def _take(self) -> list[tuple[bytes, bytes]]:
         frames: list[tuple[bytes, bytes]] = []
+        receive = self._socket.recv
         with contextlib.suppress(zmq.Again):
             while len(frames) < BATCH:
-                peer = self._socket.recv(zmq.NOBLOCK)
-                frame = b""
-                if self._socket.rcvmore:
-                    part = self._socket.recv(zmq.NOBLOCK, copy=False)
-                    frame = part.bytes
-                    if self._pending:
-                        self._pending.pop(part.get(zmq.SRCFD), None)
-                while self._socket.rcvmore:
+                peer = receive(zmq.NOBLOCK, copy=False)
+                part = receive(zmq.NOBLOCK, copy=False) if peer.more else peer
+                frame = part.bytes if part is not peer else b""
+                if self._pending:
+                    self._pending.pop(part.get(zmq.SRCFD), None)
+                while part.more:
                     # Nothing of ours has several parts: dropped as they come, and the frame with
                     # them, by the codec.
-                    self._socket.recv(zmq.NOBLOCK)
+                    part = receive(zmq.NOBLOCK, copy=False)
                     frame = b"\xc1"
                 if frame:
-                    frames.append((peer, frame))
+                    frames.append((peer.bytes, frame))
         return frames
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from packedcomm.copying import CopyPlan, Part, TensorRecord
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import ArgumentError, CapacityError, SessionStateError, TensorError
 from packedcomm.manifest import Manifest
 
@@ -72,7 +72,7 @@ class StagedTarget:
         return getattr(self._target, "fixed_destinations", False)
 
     def __init__(self, target: Target) -> None:
-        if not isinstance(target, Target):
+        if not is_target(target):
             raise ArgumentError(
                 f"StagedTarget needs a target with place and commit, got {type(target).__name__}"
             )

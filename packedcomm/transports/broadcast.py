@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from packedcomm.communicators.base import Communicator
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -151,11 +151,11 @@ def broadcast_consumer(
     where = _receiving_device(device, group)
     with abort_on_failure(group, "broadcast_consumer"):
         metadata = iterator
-        if isinstance(post_unpack_func, Target) and not isinstance(metadata, Manifest):
+        if is_target(post_unpack_func) and not isinstance(metadata, Manifest):
             metadata = _manifest(metadata)
         with PIPELINES.borrow(group, where, num_buffers) as pipeline:
             Receiving(pipeline, group, src, cut, post_unpack_func, on_event).run(metadata)
-        if isinstance(post_unpack_func, Target) and isinstance(metadata, Manifest):
+        if is_target(post_unpack_func) and isinstance(metadata, Manifest):
             post_unpack_func.commit(metadata)
 
 

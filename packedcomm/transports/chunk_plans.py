@@ -56,12 +56,21 @@ class ChunkPlan:
     def __init__(
         self,
         chunk: Chunk,
+        entries: Sequence[Entry],
+        numbers: Sequence[int],
         places: Sequence[torch.Tensor | tuple[int, int]],
         slot_bytes: int,
         copies: Sequence[BufferPlan],
         host_spans: Sequence[tuple[int, int]],
     ) -> None:
         self.chunk = chunk
+        self.entries = entries
+        """The chunk's tensors, in order."""
+        self.numbers = numbers
+        """For each of them the number of its digest; of a receiver's tensor that of its first part,
+        from which its other parts are counted on."""
+        self.digested = frozenset(number for plan in copies for number in plan.digested)
+        """Digests that the copies make, if they are asked; others need a pass of their own."""
         self.slot_bytes = slot_bytes
         """Bytes of a slot that the chunk needs; 0 if everything moves from or into place."""
         self.copies = copies
@@ -98,6 +107,7 @@ def plan_chunk(
     chunk: Chunk,
     entries: Sequence[Entry],
     names: Names,
+    numbers: Sequence[int],
     device: torch.device,
     *,
     sending: bool,
@@ -109,6 +119,7 @@ def plan_chunk(
         chunk: the chunk.
         entries: its tensors, in order.
         names: what they are called in messages.
+        numbers: of their digests, see `ChunkPlan.numbers`.
         device: the group's device.
         sending: whether the chunk is packed here, or unpacked.
         from_host: whether tensors in host memory are fine where a GPU sends.
@@ -140,7 +151,7 @@ def plan_chunk(
         if on_host:
             copies[True] = _buffer_plan(torch.device("cpu"), sending)
             spans = _merged([(offsets[i], offsets[i] + chunk.sizes[i]) for i in chosen])
-        _add(copies[on_host], chosen, entries, offsets, chunk.sizes, names)
+        _add(copies[on_host], chosen, entries, offsets, chunk.sizes, names, numbers)
     places: list[torch.Tensor | tuple[int, int]]
     if chunk.direct:
         places = [
@@ -156,7 +167,7 @@ def plan_chunk(
     else:  # nothing but empty tensors
         places = [torch.empty(0, dtype=torch.uint8, device=device)]
     used = [plan for plan in copies.values() if plan.nbytes]
-    return ChunkPlan(chunk, places, slot_bytes, used, spans)
+    return ChunkPlan(chunk, entries, numbers, places, slot_bytes, used, spans)
 
 
 def _movable_in_place(
@@ -229,6 +240,7 @@ def _add(
     offsets: Sequence[int],
     sizes: Sequence[int],
     names: Names,
+    numbers: Sequence[int],
 ) -> None:
     plain = [i for i in chosen if isinstance(entries[i], torch.Tensor)]
     plan.add_tensors(
@@ -236,10 +248,13 @@ def _add(
         [offsets[i] for i in plain],
         [sizes[i] for i in plain],
         _Chosen(names, plain),
+        [numbers[i] for i in plain],
     )
     for i in chosen:
         entry = entries[i]
         if isinstance(entry, Composed):
             if len({part.tensor.device for part in entry.parts}) > 1:
                 raise TensorError(f"tensor {names[i]!r}: its parts are on several devices")
-            plan.add_parts(entry.parts, entry.dtype, entry.spec.shape, offsets[i], names[i])
+            plan.add_parts(
+                entry.parts, entry.dtype, entry.spec.shape, offsets[i], names[i], numbers[i]
+            )

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from packedcomm.communicators.base import Communicator, Operands
 from packedcomm.copying import Part, TensorRecord, unpack_from
-from packedcomm.endpoints import Target
+from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
 from packedcomm.planning.chunks import Chunk, Cut
 from packedcomm.transports.chunk_plans import ChunkPlan, entry_of, plan_chunk
+from packedcomm.transports.digest_sums import Digests
 from packedcomm.transports.lanes import Mark, Work, synchronize
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.sending import broadcast_all, check_name
@@ -79,6 +81,9 @@ class Arrival:
 
     slot: Slot | None
 
+    digest: Work | None
+    """What is left to digest, in the digest lane, once the data is where it belongs."""
+
 
 class Receiving:
     """One call of the consumer: chunks are received in the wire lane, then written to a target or
@@ -101,6 +106,7 @@ class Receiving:
         self._receiver = receiver
         self._callback: Callback = _drop
         self._placed: TargetPlan | None = None
+        self._digests: Digests | None = None
         stages = {"wire": pipeline.wire, "unpack": pipeline.copy}
         self._progress = Progress(stages, on_event, wait)
         self._pulled: dict[int, Spec] = {}
@@ -113,21 +119,37 @@ class Receiving:
         # Deliveries of buffers that aren't slots, see `_await_earlier_buffers`.
         self._lent: deque[Mark] = deque()
 
-    def run(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
-        """Receive every tensor that the metadata describes. A target isn't committed."""
+    def run(
+        self, metadata: Iterable[tuple[str, tuple[Any, Any]]], digests: Digests | None = None
+    ) -> None:
+        """Receive every tensor that the metadata describes. A target isn't committed.
+
+        Args:
+            metadata: names, shapes and dtypes; with a target a manifest.
+            digests: made of everything that is written to a target, as it arrives: by the copies
+                that unpack it, else in the digest lane, behind the arrival and beside the next
+                chunk's. They are numbered as the plan's destinations.
+        """
+        self._digests = digests
+        if digests is not None:
+            digests.begin(self._pipeline)
         try:
             with self._progress:
-                if isinstance(self._receiver, Target):
+                if is_target(self._receiver):
                     assert isinstance(metadata, Manifest)
                     plan = self._placed or self.place(metadata)
                     for chunk_plan in plan.chunks:
                         self._receive_into(chunk_plan)
                         self._progress.moved(chunk_plan.chunk)
                 else:
-                    self._callback = self._receiver or _drop
+                    callback: Any = self._receiver
+                    self._callback = callback or _drop
                     self._run_for_callback(metadata)
                 self._deliver()
                 self._pipeline.caller.wait_for(self._done)
+                if digests is not None:
+                    # From here on the caller may overwrite what the digest lane reads.
+                    self._pipeline.caller.wait_for(self._pipeline.digest.tail())
         finally:
             # They refer back to this object; buffers must not wait for the garbage collector.
             self._arriving = None
@@ -145,7 +167,7 @@ class Receiving:
         tensor, only a native look at whether the memory is where it was.
         """
         target = self._receiver
-        assert isinstance(target, Target)
+        assert is_target(target)
         key = (manifest.digest, self._cut)
         kept: dict[Any, TargetPlan] = {}
         if getattr(target, "fixed_destinations", False):
@@ -176,12 +198,14 @@ class Receiving:
             entry_of(spec, pieces) for spec, pieces in zip(manifest.specs, parts, strict=True)
         ]
         chunks = []
+        first_parts = list(accumulate((len(pieces) for pieces in parts), initial=0))
         for chunk in self._cut(spec.nbytes for spec in manifest.specs):
             chunks.append(
                 plan_chunk(
                     chunk,
                     [entries[i] for i in chunk.indices],
                     [names[i] for i in chunk.indices],
+                    [first_parts[i] for i in chunk.indices],
                     self._pipeline.device,
                     sending=False,
                 )
@@ -210,14 +234,20 @@ class Receiving:
                 raise ManifestError(f"tensor {name!r}: {error}") from None
             yield nbytes
 
-    def _receive(self, operands: Operands, deliver: Work | None, slot: Slot | None = None) -> None:
+    def _receive(
+        self,
+        operands: Operands,
+        deliver: Work | None,
+        slot: Slot | None = None,
+        digest: Work | None = None,
+    ) -> None:
         """Receive into contiguous tensors; then, after the chunk before, deliver."""
         received = self._pipeline.wire.run(
             lambda: broadcast_all(self._group, operands, self._src),
             # The caller's mark covers earlier users of the destinations and of the slot's memory.
             after=(self._pipeline.caller.mark(), None if slot is None else slot.free),
         )
-        before, self._arriving = self._arriving, Arrival(received, deliver, slot)
+        before, self._arriving = self._arriving, Arrival(received, deliver, slot, digest)
         self._deliver_one(before)
         if not self._ahead:
             self._deliver()
@@ -240,12 +270,21 @@ class Receiving:
             return
         if arrival.deliver is None:
             self._pipeline.caller.wait_for(arrival.received)
+            self._digest(arrival, after=arrival.received)
             return
         self._done = self._pipeline.copy.run(arrival.deliver, after=(arrival.received,))
         if arrival.slot is not None:
             arrival.slot.free = self._done
         if arrival.slot is None or arrival.slot.buffer is None:
             self._lent.append(self._done)
+        # The delivery came after the arrival, so this is behind both.
+        self._digest(arrival, after=self._done)
+
+    def _digest(self, arrival: Arrival, after: Mark) -> None:
+        # Nothing waits for it but the caller, at the end: it reads destinations, which no later
+        # chunk writes, and no slot.
+        if arrival.digest is not None:
+            self._pipeline.digest.run(arrival.digest, after=(after,))
 
     def _await_earlier_buffers(self) -> None:
         """Before a fresh buffer: wait, on the host, until all but the last few were delivered.
@@ -259,16 +298,18 @@ class Receiving:
     # Into a target.
 
     def _receive_into(self, plan: ChunkPlan) -> None:
+        digests = self._digests
+        digest = None if digests is None else digests.rest(plan, keep=True)
         if not plan.slot_bytes:
-            self._receive(plan.operands(None, self._pipeline.device), None)
+            self._receive(plan.operands(None, self._pipeline.device), None, digest=digest)
             return
         slot, buffer = self._slot_for(plan.slot_bytes)
 
         def unpack() -> None:
             for copies in plan.copies:
-                copies.run(buffer)
+                copies.run(buffer, None if digests is None else digests.sums(copies.device))
 
-        self._receive(plan.operands(slot, self._pipeline.device), unpack, slot)
+        self._receive(plan.operands(slot, self._pipeline.device), unpack, slot, digest)
 
     # For a callback.
 

@@ -14,19 +14,16 @@ from packedcomm.copying import Part, as_tensor
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest
-from packedcomm.planning.chunks import Chunk, Cut
+from packedcomm.planning.chunks import Cut
 from packedcomm.transports.chunk_plans import ChunkPlan, Entry, entry_of, plan_chunk
+from packedcomm.transports.digest_sums import Digests
 from packedcomm.transports.lanes import Mark
 from packedcomm.transports.progress import Progress
 from packedcomm.transports.slots import PIPELINES, Pipeline, Slot, group_device
 
-__all__ = ["Inspect", "PostIter", "Sending", "broadcast_all", "check_name"]
+__all__ = ["PostIter", "Sending", "broadcast_all", "check_name"]
 
 PostIter = Callable[[tuple[str, Any]], Any]
-
-Inspect = Callable[[Sequence[int], Sequence[Entry]], None]
-"""Called for each chunk in the copy lane (on a GPU with its stream current), with the positions of
-its tensors and where they are; may read them by work on that stream."""
 
 
 def check_name(name: Any, seen: set[str]) -> None:
@@ -63,24 +60,31 @@ class ChunkNames:
 
 class Sending:
     """One call of the producer: chunks are pulled on the caller's stream or thread, packed in the
-    copy lane and broadcast in the wire lane."""
+    copy lane and broadcast in the wire lane.
+
+    With `digests` packing makes those of what it packs; what it leaves, such as tensors that are
+    sent from where they are, is digested in a lane of its own beside the broadcast. Digests of
+    tensors are numbered by their positions.
+    """
 
     def __init__(
         self,
         group: Any,
         src: int,
         cut: Cut,
-        inspect: Inspect | None = None,
+        digests: Digests | None = None,
         wait: Callable[[], None] | None = None,
     ) -> None:
         self._group = group
         self._src = src
         self._cut = cut
-        self._inspect = inspect
+        self._digests = digests
         self._wait = wait
         self._names: list[str] = []
         # Whether tensors in host memory are sent by a GPU.
         self._from_host = False
+        # Whether chunk plans, and so the memory of their tensors, outlast the transfer.
+        self._kept = False
         self._pulled: dict[int, Entry] = {}
         self._pipeline: Pipeline
         # Broadcasts that may still be under way: one per slot, and one in place.
@@ -143,6 +147,7 @@ class Sending:
 
         self._names = list(manifest.by_name)
         self._from_host = True
+        self._kept = keep_for is not None
         self._run(device, plans, num_buffers, on_event)
 
     def _run(
@@ -155,6 +160,8 @@ class Sending:
         with PIPELINES.borrow(self._group, device, num_buffers) as pipeline:
             self._pipeline = pipeline
             self._sent = deque(maxlen=num_buffers + 1)
+            if self._digests is not None:
+                self._digests.begin(pipeline)
             stages = {"pack": pipeline.copy, "wire": pipeline.wire}
             with Progress(stages, on_event, self._wait) as progress:
                 for plan in plans():
@@ -165,6 +172,9 @@ class Sending:
                     progress.moved(chunk)
                 for sent in self._sent:
                     pipeline.caller.wait_for(sent)
+                if self._digests is not None:
+                    # From here on the caller may overwrite what the digest lane reads.
+                    pipeline.caller.wait_for(pipeline.digest.tail())
 
     def _plans(self, sizes: Iterator[int]) -> Iterator[ChunkPlan]:
         pull = self._pulled.pop
@@ -172,10 +182,16 @@ class Sending:
         for chunk in self._cut(sizes):
             entries = [pull(i) for i in chunk.indices]
             names = ChunkNames(self._names, chunk.indices)
-            if self._inspect is not None:
-                self._show(self._inspect, chunk, entries)
             plan = [
-                plan_chunk(chunk, entries, names, device, sending=True, from_host=self._from_host)
+                plan_chunk(
+                    chunk,
+                    entries,
+                    names,
+                    chunk.indices,
+                    device,
+                    sending=True,
+                    from_host=self._from_host,
+                )
             ]
             del entries
             # Nothing here may keep what isn't needed any more.
@@ -183,28 +199,47 @@ class Sending:
 
     def _send(self, plan: ChunkPlan) -> None:
         caller = self._pipeline.caller
+        # What filled the tensors, and what freed the slot's memory.
+        ready = caller.mark()
         if not plan.slot_bytes:
-            # From here on the caller may free or overwrite the tensors.
-            caller.wait_for(self._broadcast(plan, None, after=caller.mark()))
+            done = self._broadcast(plan, None, after=ready)
+        else:
+            slot = self._pipeline.next_slot()
+            buffer = self._pipeline.reserve(slot, plan.slot_bytes)
+            packed = self._pipeline.copy.run(
+                lambda: self._pack(plan, slot, buffer), after=(ready, slot.free)
+            )
+            slot.free = self._broadcast(plan, slot, after=packed)
+            done = slot.free if plan.moves_in_place else packed
+        # On a CPU this is where the caller's thread digests while the broadcast goes on.
+        self._digest_rest(plan, ready)
+        # From here on the caller may free or overwrite the tensors.
+        caller.wait_for(done)
+
+    def _digest_rest(self, plan: ChunkPlan, ready: Mark) -> None:
+        """Digest what packing doesn't, behind what filled the tensors."""
+        if self._digests is None:
             return
-        slot = self._pipeline.next_slot()
-        buffer = self._pipeline.reserve(slot, plan.slot_bytes)
-        packed = self._pipeline.copy.run(
-            lambda: self._pack(plan, slot, buffer),
-            # The caller's mark covers what filled the tensors and what freed the slot's memory.
-            after=(caller.mark(), slot.free),
-        )
-        slot.free = self._broadcast(plan, slot, after=packed)
-        caller.wait_for(slot.free if plan.moves_in_place else packed)
+        work = self._digests.rest(plan, keep=self._kept)
+        if work is None:
+            return
+        digested = self._pipeline.digest.run(work, after=(ready,))
+        if not self._kept:
+            # The chunk's tensors are dropped next, and their memory is used again in the order of
+            # the caller's stream. Kept ones stay: the caller waits once, at the end, and the next
+            # chunk's broadcast, which waits for the caller, not at all.
+            self._pipeline.caller.wait_for(digested)
 
     def _pack(self, plan: ChunkPlan, slot: Slot, buffer: torch.Tensor) -> None:
+        digests = self._digests
         for copies in plan.copies:
+            sums = None if digests is None else digests.sums(copies.device)
             if copies.device == buffer.device:
-                copies.run(buffer)
+                copies.run(buffer, sums)
                 continue
             # Host memory goes by way of pinned staging, which the copy before may still be reading.
             staging = self._pipeline.staging(slot, plan.slot_bytes)
-            copies.run(staging)
+            copies.run(staging, sums)
             for begin, end in plan.host_spans:
                 buffer[begin:end].copy_(staging[begin:end], non_blocking=True)
             slot.staged = self._pipeline.copy.tail()
@@ -216,13 +251,6 @@ class Sending:
         )
         self._sent.append(sent)
         return sent
-
-    def _show(self, inspect: Inspect, chunk: Chunk, entries: Sequence[Entry]) -> None:
-        caller = self._pipeline.caller
-        shown = self._pipeline.copy.run(
-            lambda: inspect(chunk.indices, entries), after=(caller.mark(),)
-        )
-        caller.wait_for(shown)
 
     def _pull(
         self, iterator: Iterable[tuple[str, Any]], post_iter_func: PostIter | None

@@ -25,6 +25,7 @@ from packedcomm.transports.lanes import (
 
 __all__ = [
     "COPY_BLOCKS",
+    "DIGEST_BLOCKS",
     "PIPELINES",
     "Pipeline",
     "Slot",
@@ -36,6 +37,9 @@ __all__ = [
 # Thread blocks of the copy kernels that run beside NCCL's: enough to keep ahead of the wire, few
 # enough to leave multiprocessors to the broadcast, whose blocks otherwise wait for theirs.
 COPY_BLOCKS = 64
+
+# The same for digests that don't come with a copy.
+DIGEST_BLOCKS = 64
 
 # torch's allocators round to this anyway; it keeps chunks of nearly equal sizes from reallocating.
 _GRAIN_BYTES = 2 << 20
@@ -85,13 +89,17 @@ class Pipeline:
         self.caller: Caller
         self.wire: Lane
         self.copy: Lane
+        self.digest: Lane
         if device.type == "cuda":
             self.wire = StreamLane(device)
             # Packing, unpacking and callbacks: one direction at a time, so one stream.
             self.copy = StreamLane(device)
+            # Digests that don't come with a copy. No slot, copy or broadcast waits for them.
+            self.digest = StreamLane(device)
         else:
             self.wire = InlineLane()
             self.copy = InlineLane()
+            self.digest = InlineLane()
         self.slots: list[Slot] = []
         # Chunk plans that are kept with a target or with a source's snapshot.
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -159,7 +167,7 @@ class Pipeline:
 
     def settle(self) -> None:
         """After a failure: let the caller's later work come after whatever is still under way."""
-        for lane in (self.wire, self.copy):
+        for lane in (self.wire, self.copy, self.digest):
             self.caller.wait_for(lane.tail())
 
     def end(self) -> None:
@@ -184,7 +192,7 @@ class Pipeline:
                 f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
                 f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
             ) from error
-        for lane in (self.wire, self.copy):
+        for lane in (self.wire, self.copy, self.digest):
             # The block belongs to the caller's stream; freed, it must not be handed out again
             # before these streams are done with it.
             if isinstance(lane, StreamLane):

@@ -164,13 +164,17 @@ def test_syncs_have_their_stages_their_overhead_and_the_memory_of_staging(
     rows = json.loads((finished[0] / "cpu-test.json").read_text())["rows"]
     lines = {line["way"]: line for line in rows if line["suite"] == "sync"}
     bare = lines.pop("bare broadcast")
-    assert len(lines) == 4
+    assert len(lines) == 6
     for way, line in lines.items():
         details = line["details"]
         assert line["limit"] == "bare broadcast"
         assert details["stages_us"].keys() >= {"agree", "wire", "verify", "commit", "total"}
         assert details["stages_us"]["total"] <= line["p95_us"]
         assert details["overhead_us"] == pytest.approx(line["median_us"] - bare["median_us"])
+        if way.endswith(", verified"):
+            plain = lines[way.removesuffix(", verified")]
+            cost = line["median_us"] / plain["median_us"] - 1
+            assert details["digest_cost"] == pytest.approx(cost, abs=1e-4)
         if "staged" in way:
             assert details["staging_bytes"] == details["staging_formula_bytes"] >= line["nbytes"]
 

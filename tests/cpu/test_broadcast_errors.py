@@ -38,7 +38,6 @@ class AbortableGroup(RecordingGroup, Communicator):
     def group(self):
         return contextlib.nullcontext()
 
-    def set_timeout(self, timeout_s): ...
     def close(self): ...
 
     def abort(self, reason):

@@ -19,6 +19,7 @@ from packedcomm.errors import (
     RemoteError,
     SessionStateError,
 )
+from tests.helpers.corruption import flipped_on_arrival
 from tests.helpers.scenarios import device_of
 from tests.helpers.syncs import Meeting
 
@@ -177,7 +178,7 @@ def raising_on_update(rank: int, world_size: int, backend: str, meeting: Meeting
 
 
 def corrupted_destination(rank: int, world_size: int, backend: str, meeting: Meeting) -> None:
-    """A staged byte is flipped between arrival and verification."""
+    """A byte is flipped on its way into staging memory."""
     device = device_of(backend, rank)
     tensors = {name: torch.ones(1000, device=device) for name in "abc"}
     with meeting.session(backend, rank, world_size) as session:
@@ -189,20 +190,12 @@ def corrupted_destination(rank: int, world_size: int, backend: str, meeting: Mee
             assert sender.sync(4).verified
             return
         live = {name: torch.zeros(1000, device=device) for name in "abc"}
-        target = StagedTarget(TensorTarget(live))
-        receiver = WeightReceiver(target, session)
-        compare = receiver._following._digests
-
-        def flip_first(manifest: Any, shown: Any) -> Any:
-            pair = target.staged_pairs(manifest)[1]
-            pair.staged.view(torch.uint8)[77] ^= 1
-            return compare(manifest, shown)
-
-        receiver._following._digests = flip_first  # type: ignore[method-assign]
-        with pytest.raises(IntegrityError, match="'b'"):
+        receiver = WeightReceiver(StagedTarget(TensorTarget(live)), session)
+        # All three are packed into one buffer.
+        flipped = flipped_on_arrival(backend, 0, 4077)
+        with flipped, pytest.raises(IntegrityError, match="'b'"):
             receiver.receive()
         assert all(bool((t == 0).all()) for t in live.values())
-        receiver._following._digests = compare  # type: ignore[method-assign]
         result = receiver.receive()
         assert result is not None
         assert result.version == 4

@@ -49,15 +49,16 @@ class Meeting:
 
     @contextmanager
     def session(self, backend: str, rank: int, world_size: int, **options: Any) -> Any:
-        """The end of a session that this rank has: rank 0 sends."""
+        """The end of a session that this rank has: rank 0 sends, and gets the options."""
         device = device_of(backend, rank)
+        used = options.pop("settings", SETTINGS)
         if rank == 0:
             with Session.listen(
                 "127.0.0.1:0",
                 receivers=world_size - 1,
                 secret=SECRET,
                 device=device,
-                settings=SETTINGS,
+                settings=used,
                 **options,
             ) as session:
                 for _, writer in self._pipes[1:]:
@@ -68,7 +69,7 @@ class Meeting:
             reader = self._pipes[rank][0]
             assert reader.poll(60.0), "the sender has published no address"
             with Session.connect(
-                reader.recv(), secret=SECRET, device=device, settings=SETTINGS
+                reader.recv(), secret=SECRET, device=device, settings=used
             ) as session:
                 yield session
 

@@ -31,6 +31,7 @@ from packedcomm.errors import (
     TensorError,
 )
 from packedcomm.manifest import Manifest
+from packedcomm.region_digests import RegionDigests
 from packedcomm.targets.staged import StagedPart
 from packedcomm.verification import ChangeCount, change_statistics
 from tests.helpers.in_process import Round, sessions
@@ -48,15 +49,16 @@ def eventually(holds: Callable[[], bool]) -> None:
     assert holds()
 
 
-def corrupting(receiver: WeightReceiver, tensor: torch.Tensor) -> None:
-    """The next verification finds another value in a tensor."""
+def corrupting(receiver: WeightReceiver, name: str) -> None:
+    """The next verification finds that a tensor isn't what was sent."""
     following = receiver._following
     digests = following._digests
 
     def once(manifest, shown):
         following._digests = digests
-        tensor[0] = 77.0
-        return digests(manifest, shown)
+        found = digests(manifest, shown)
+        found[list(manifest.by_name).index(name)] += 1
+        return found
 
     following._digests = once
 
@@ -66,7 +68,7 @@ def test_torn_weights_stay_torn_until_all_of_them_are_written_again():
     live = weights(0.0)
     with sessions(1) as (session, (end,)):
         receiver = WeightReceiver(TensorTarget(live, partial=True), end)
-        corrupting(receiver, live["b"])
+        corrupting(receiver, "b")
         sender = FullWeightSender(weights(1.0), session, verify=True)
         first = Round(sender.sync, [receiver])
         assert isinstance(first.sent, IntegrityError)
@@ -93,7 +95,7 @@ def test_no_change_is_refused_where_there_is_nothing_to_keep():
         assert Round(sender.sync, receivers).sent.version == 0
         assert Round(lambda: sender.no_change(3), receivers).sent.version == 3
         assert [receiver.status().version for receiver in receivers] == [3, 3]
-        corrupting(receivers[1], live[1]["a"])
+        corrupting(receivers[1], "a")
         assert isinstance(Round(sender.sync, receivers).sent, IntegrityError)
         with pytest.raises(SessionStateError, match="failed"):
             sender.no_change()
@@ -178,18 +180,16 @@ def test_a_failure_after_the_data_leaves_no_messages_behind():
         assert live["a"].tolist() == [1.0] * 4
 
 
-def test_a_sender_that_fails_after_the_data_says_why():
+def test_a_sender_that_fails_after_the_data_says_why(monkeypatch):
     with sessions(1) as (session, (end,)):
         receiver = WeightReceiver(StagedTarget(TensorTarget(weights(0.0))), end)
         sender = FullWeightSender(weights(1.0), session, verify=True)
-        leading = sender._leading
-        finish = leading._finish_digests
 
-        def fail(snapshot, digests):
-            leading._finish_digests = finish
+        def fail(digests):
+            monkeypatch.undo()
             raise ZeroDivisionError("on the sender")
 
-        leading._finish_digests = fail
+        monkeypatch.setattr(RegionDigests, "take", fail)
         first = Round(sender.sync, [receiver])
         assert isinstance(first.sent, ZeroDivisionError)
         assert "ZeroDivisionError: on the sender" in str(first.received[0])
