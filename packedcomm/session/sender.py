@@ -45,9 +45,6 @@ __all__ = ["SenderSession"]
 
 logger = logging.getLogger("packedcomm")
 
-# What a receiver is told that is heard again after it was dropped.
-_DROPPED = "it goes on without this receiver, which was silent for too long: connect anew"
-
 
 class SenderSession(Dialogue):
     """The sender's end of a session; a context manager. Make one with `Session.listen`.
@@ -273,10 +270,7 @@ class SenderSession(Dialogue):
     def _take_in(self, peer: bytes, hello: Message) -> None:
         """Admit a receiver that has just come, or tell it why not."""
         if not isinstance(hello, Hello):
-            # Somebody who was dropped: it has gone, or it was stopped and has woken up.
-            if not isinstance(hello, Close):
-                self._channel.send(peer, encode(Close(_DROPPED, in_order=False), 0, self.settings))
-            return
+            return  # the last words of somebody who was dropped
         try:
             if self._hello is None:
                 self._hello = agreement.own_hello(self.device, self.settings)

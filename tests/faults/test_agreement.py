@@ -224,6 +224,8 @@ def test_libraries_that_differ_are_told_at_connect_with_both_versions_and_paths(
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so_on_either_side(device):
     with pytest.raises(CudaError, match="sees 0 GPUs"):
         Session.listen("127.0.0.1:0", receivers=1, device=device)
-    with Session.listen("127.0.0.1:0", receivers=1, device="cpu") as session:
-        with pytest.raises(CudaError, match="sees 0 GPUs"):
-            Session.connect(session.address, device=device)
+    with (
+        Session.listen("127.0.0.1:0", receivers=1, device="cpu") as session,
+        pytest.raises(CudaError, match="sees 0 GPUs"),
+    ):
+        Session.connect(session.address, device=device)
