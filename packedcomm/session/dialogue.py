@@ -298,7 +298,8 @@ class Dialogue(SessionEnd):
     def _waited_for(self) -> list[dict[str, Any]]:
         """Receivers that are gone or silent, else those that haven't finished."""
         members = self.members.connected
-        suspects = [m for m in members if m.lost is not None] + self._silent()
+        silent = self._silent()
+        suspects = [m for m in members if m.lost is not None or m in silent]
         return [m.as_dict() for m in suspects or [m for m in members if not m.inbox]]
 
 

@@ -68,7 +68,7 @@ def test_whoever_is_stopped_is_whom_the_record_waits_for(tmp_path):
     settings = replace(
         PATIENT,
         flight_record_dir=str(tmp_path),
-        heartbeat_interval_s=0.4,
+        heartbeat_interval_s=1.0,
         heartbeat_timeout_s=3.0,
     )
     with training(2, Receiving(settings=settings), settings=settings) as group:
@@ -76,9 +76,11 @@ def test_whoever_is_stopped_is_whom_the_record_waits_for(tmp_path):
         group.source.when(12, stopped.stop)
         with pytest.raises(DeadlineExceeded) as caught:
             group.sync(2.0)
-        (waited_for,) = record_of(caught.value.__notes__)["waiting_for"]
-        assert (waited_for["rank"], waited_for["pid"]) == (stopped.rank, stopped.pid)
-        assert waited_for["silent_s"] >= 3.0
+        # On a busy machine others may have been silent for a moment too.
+        waiting_for = record_of(caught.value.__notes__)["waiting_for"]
+        (named,) = [peer for peer in waiting_for if peer["pid"] == stopped.pid]
+        assert named["rank"] == stopped.rank
+        assert named["silent_s"] >= 3.0
 
 
 @pytest.mark.fault(2)

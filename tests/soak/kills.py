@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import statistics
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from packedcomm import errors
 from packedcomm.errors import PackedCommError
 from packedcomm.planning.chunks import WireFormat
 from tests.helpers.peers import (
+    PATIENT,
     Outcome,
     Peer,
     Receiving,
@@ -25,8 +28,9 @@ from tests.helpers.peers import (
     training,
     weights,
 )
+from tests.soak.footprints import Footprints
 
-__all__ = ["Kills", "soak_kills"]
+__all__ = ["Kills", "left_behind", "soak_kills"]
 
 RECEIVERS = 3
 
@@ -35,6 +39,11 @@ TENSORS = 32
 
 # How the receivers of one half and of the other receive.
 WAYS: tuple[tuple[Any, WireFormat], ...] = ((staged, "native"), (in_place, "vllm"))
+
+
+# A thread that waits in Gloo for a peer that has gone is left behind, until Gloo's own deadline.
+SETTINGS = replace(PATIENT, move_timeout_s=20.0)
+LEFT_BEHIND_S = 60.0
 
 
 def many() -> Tensors:
@@ -107,12 +116,34 @@ def soak_kills(count: int, seed: int = 0) -> Kills:
     seen = Kills()
     chance = random.Random(seed)
     for index, (target, wire_format) in enumerate(WAYS):
-        how = Receiving(target, make=many)
-        with training(RECEIVERS, how, sent=weights(1.0, TENSORS), wire_format=wire_format) as group:
+        how = Receiving(target, make=many, settings=SETTINGS)
+        with training(
+            RECEIVERS,
+            how,
+            settings=SETTINGS,
+            sent=weights(1.0, TENSORS),
+            wire_format=wire_format,
+        ) as group:
             rounds = _Rounds(group, how, chance, seen)
             for _ in range((count + index) // len(WAYS)):
                 rounds.kill_one()
     return seen
+
+
+def left_behind(before: Footprints) -> Footprints:
+    """Footprints of this process once nothing is left behind by failed syncs, or a minute after.
+
+    Args:
+        before: has one sample of this process.
+    """
+    deadline = time.monotonic() + LEFT_BEHIND_S
+    while True:
+        now = Footprints({name: list(samples) for name, samples in before.samples.items()})
+        gc.collect()
+        now.take({"sender": os.getpid()})
+        if not now.grown() or time.monotonic() > deadline:
+            return now
+        time.sleep(1.0)
 
 
 class _Rounds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from tests.soak.kills import soak_kills
+from tests.soak.footprints import Footprints
+from tests.soak.kills import left_behind, soak_kills
 from tests.soak.repeats import soak_connections, soak_syncs
 
 __all__ = ["main"]
@@ -45,6 +47,10 @@ def main() -> int:
         f"--syncs {arguments.syncs} --cycles {arguments.cycles} "
         f"--fuzz-seconds {arguments.fuzz_seconds} --seed {arguments.seed}",
     }
+    document["syncs"] = soak_syncs(arguments.syncs)
+    document["connections"] = soak_connections(arguments.cycles)
+    before = Footprints()
+    before.take({"sender": os.getpid()})
     begin = time.monotonic()
     kills = soak_kills(arguments.kills, arguments.seed).as_dict()
     kills["seconds"] = round(time.monotonic() - begin, 1)
@@ -52,9 +58,8 @@ def main() -> int:
     for who, spread in kills["seconds_to_error"].items():
         if spread.get("max", 0.0) > MOST_SECONDS:
             problems.append(f"{who}: {spread['max']} s from a kill to the error")
-    document["kills"] = kills
-    document["syncs"] = soak_syncs(arguments.syncs)
-    document["connections"] = soak_connections(arguments.cycles)
+    document["kills"] = kills | {"left_behind": left_behind(before).as_dict()}
+    problems += [f"kills: {entry}" for entry in document["kills"]["left_behind"]["grown"]]
     for name in ("syncs", "connections"):
         problems += [f"{name}: {entry}" for entry in document[name]["grown"]]
         problems += [f"{name}: wrong bytes"] * (document[name]["wrong"] > 0)
