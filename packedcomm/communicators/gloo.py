@@ -100,7 +100,7 @@ class GlooCommunicator(Communicator):
         self._timeout_s = settings.operation_timeout_s
         self._close_timeout_s = settings.close_timeout_s
         self._sockets = sockets
-        self._thread = TransferThread(group)
+        self._thread = TransferThread(group, settings.operation_timeout_s)
         self._grouped: list[Transfer] | None = None
         self._ended: str | None = None
         self._ending = threading.Lock()

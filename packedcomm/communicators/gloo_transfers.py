@@ -25,6 +25,9 @@ BROADCAST_TAG = 1
 # Gloo's own timeout comes after ours, as a last resort.
 GLOO_SLACK_S = 5.0
 
+# How long what is left of a failed batch may take: its connections are cut by then.
+LEFT_OVER_S = 1.0
+
 
 def broadcast_tree(rank: int, src: int, world_size: int) -> tuple[int | None, tuple[int, ...]]:
     """Whom `rank` receives from and sends to in a broadcast along a binomial tree.
@@ -82,8 +85,10 @@ class Transfer:
         while self._works:
             work, batch.peer = self._works[0]
             # Removed once it has ended: what is left over must be waited for all the same.
+            # The timeout is given explicitly: without it a send whose connection was cut while its
+            # bytes were on their way can wait for ever.
             try:
-                work.wait()
+                work.wait(batch.timeout)
             finally:
                 self._works.pop(0)
 
@@ -91,15 +96,16 @@ class Transfer:
         """Wait for what is still posted, however it ends."""
         for work, _ in self._works:
             with contextlib.suppress(RuntimeError):
-                work.wait()
+                work.wait(timedelta(seconds=LEFT_OVER_S))
 
 
 class Batch:
     """Transfers that are issued together, and how they went."""
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
+    def __init__(self, transfers: Sequence[Transfer], timeout: timedelta) -> None:
         """Not started yet; see `TransferThread.start`."""
         self._transfers = transfers
+        self.timeout = timeout
         self._running = threading.Lock()
         self._running.acquire()
         self.current = transfers[0]
@@ -164,8 +170,14 @@ class TransferThread:
     with them.
     """
 
-    def __init__(self, group: Any) -> None:
-        """Start the thread, which keeps `group` alive until `stop`."""
+    def __init__(self, group: Any, timeout_s: float) -> None:
+        """Start the thread, which keeps `group` alive until `stop`.
+
+        Args:
+            group: Gloo's process group.
+            timeout_s: as for `set_timeout`.
+        """
+        self._timeout = timedelta(seconds=timeout_s + GLOO_SLACK_S)
         self._group = weakref.ref(group)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -176,15 +188,16 @@ class TransferThread:
 
     def start(self, transfers: Sequence[Transfer]) -> Batch:
         """Start transfers together."""
-        batch = Batch(transfers)
+        batch = Batch(transfers, self._timeout)
         self._batches.put(batch)
         return batch
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give what is started later a deadline, after which Gloo itself gives up."""
+        self._timeout = timedelta(seconds=timeout_s + GLOO_SLACK_S)
         group = self._group()
         if group is not None:
-            group._set_default_timeout(timedelta(seconds=timeout_s + GLOO_SLACK_S))
+            group._set_default_timeout(self._timeout)
 
     def let_end(self) -> None:
         """Let the thread end after what it is doing; from any thread, also in a finalizer."""

@@ -67,7 +67,7 @@ def _receive(rank):
 
 def test_tensors_outlive_what_gloo_may_still_write_into_them():
     group = _Group()
-    thread = TransferThread(group)
+    thread = TransferThread(group, 30.0)
     transfers = [_receive(1), _receive(2)]
     alive = [weakref.ref(transfer.tensor) for transfer in transfers]
     batch = thread.start(transfers)
@@ -87,7 +87,7 @@ def test_tensors_outlive_what_gloo_may_still_write_into_them():
 
 def test_nothing_is_started_after_a_failed_batch():
     group = _Group()
-    thread = TransferThread(group)
+    thread = TransferThread(group, 30.0)
     first, second = thread.start([_receive(1)]), thread.start([_receive(2)])
     group.works[1].error = RuntimeError("connection closed")
     for work in group.works.values():

@@ -43,7 +43,7 @@ WAYS: tuple[tuple[Any, WireFormat], ...] = ((staged, "native"), (in_place, "vllm
 
 # A thread that waits in Gloo for a peer that has gone is left behind, until Gloo's own deadline.
 SETTINGS = replace(PATIENT, move_timeout_s=20.0)
-LEFT_BEHIND_S = 60.0
+LEFT_BEHIND_S = 40.0
 
 
 def many() -> Tensors:

@@ -49,6 +49,11 @@ def main() -> int:
     }
     document["syncs"] = soak_syncs(arguments.syncs)
     document["connections"] = soak_connections(arguments.cycles)
+    # Two before the first sample, so that the allocator has what it keeps.
+    nothing = Footprints()
+    nothing.take({"sender": os.getpid()})
+    soak_kills(2, arguments.seed)
+    left_behind(nothing)
     before = Footprints()
     before.take({"sender": os.getpid()})
     begin = time.monotonic()
