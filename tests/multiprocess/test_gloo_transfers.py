@@ -23,7 +23,7 @@ class _Work:
         self.ended = threading.Event()
         self.error = None
 
-    def wait(self):
+    def wait(self, timeout):
         self.waited_for.set()
         assert self.ended.wait(TIMEOUT_S)
         if self.error is not None:
