@@ -221,7 +221,7 @@ class Leading:
         """Let every receiver commit; returns the statistics that they reported."""
         session = self._session
         with measured(seconds, "commit"), self._failing(transport_too=False):
-            if (failed := session.failure()) is not None:
+            if (failed := session.known_failure()) is not None:
                 raise failed
             # From here on it is decided: a receiver that is lost now learns it when it comes back.
             session.decided = self._number
