@@ -12,7 +12,7 @@ OUT ?= benchmarks/results
 FUZZ_SECONDS ?= 600
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test fuzz lint format bench report gpu-build gpu-test gpu-bench peers clean
+.PHONY: demo test fuzz soak lint format bench report gpu-build gpu-test gpu-bench peers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
@@ -23,6 +23,11 @@ test: $(VENV)/.built peers
 # What peers may send, mutated for FUZZ_SECONDS; inputs that break a check are left in build/fuzz.
 fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) --out $(OUT)/fuzz.json
+
+# A hundred kills in the middle of syncs, a thousand syncs, two hundred sessions, and the fuzzer. The
+# tests have a short form of it.
+soak: $(VENV)/.fuzz
+	$(BIN)/python -m tests.soak.run --fuzz-seconds $(FUZZ_SECONDS) --out $(OUT)/soak.json
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -220,6 +220,7 @@ class WeightReceiver:
     def _take_in_background(self, on_update: Callable[[int], Any] | None) -> bool:
         """Wait a little for a message and act on it; whether the thread goes on. A sync that fails
         doesn't end it while the session lasts."""
+        message = None
         try:
             message = self._next(_LOOK_S)
             result = self._take(message)
@@ -228,7 +229,8 @@ class WeightReceiver:
         except PackedCommError as error:
             if not self.session.lasts:
                 raise
-            if isinstance(error, DeadlineExceeded) and self.session.silent is None:
+            late = isinstance(error, DeadlineExceeded)
+            if late and message is None and self.session.silent is None:
                 return True  # nothing came
             with self._lock:
                 self._error = error

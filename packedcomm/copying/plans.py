@@ -28,6 +28,7 @@ class CopyPlan:
         pairs: `(source, destination)` or `(source, destination, scale)`: tensors or arrays, and a
             finite factor for the values. Both dtypes are the same unless `cast`; a scale other than
             1 needs float64, float32, float16 or bfloat16.
+        names: of the pairs, for messages; None numbers them.
         cast: whether dtypes may differ, if both are of these four.
         threads: CPU threads; 0 means the number of processors this process may use, 8 at most.
         blocks: bound on the CUDA grid (thread blocks of 512 threads); 0 fills the device. A narrow
@@ -35,8 +36,8 @@ class CopyPlan:
 
     Raises:
         TensorError: a tensor can't be copied as bytes, shapes, dtypes or devices differ, a scale
-            doesn't fit, or elements of a destination share memory; the message gives the position
-            of the pair.
+            doesn't fit, or elements of a destination share memory; the message gives the name of
+            the pair.
         CapacityError: no memory for the table.
     """
 
@@ -44,6 +45,7 @@ class CopyPlan:
         self,
         pairs: Sequence[tuple[Any, Any] | tuple[Any, Any, float]],
         *,
+        names: Sequence[str] | None = None,
         cast: bool = False,
         threads: int = 0,
         blocks: int = 0,
@@ -57,7 +59,7 @@ class CopyPlan:
         self.device = self._destinations[0].device if pairs else torch.device("cpu")
         self._table = new_table(self.device)
         self._execution = Execution(self._table, self.device, threads, blocks)
-        self._table.add_pairs(self._sources, self._destinations, None, scales, cast)
+        self._table.add_pairs(self._sources, self._destinations, names, scales, cast)
         if self.device.type == "cuda" and self._table.tiles:
             self._execution.uploaded.upload_now()
 

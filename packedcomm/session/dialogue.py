@@ -28,6 +28,10 @@ from packedcomm.settings import Settings
 
 __all__ = ["Dialogue"]
 
+# While data moves: how long after a receiver's failure the others are still waited for. They may be
+# waiting themselves, for what the one that failed would have passed on or for this end's word.
+_CUT_SHORT_S = 0.2
+
 # Beats that a peer has missed when a deadline passes, if it is to be the reason.
 MISSED_BEATS = 2
 
@@ -96,8 +100,8 @@ class Dialogue(SessionEnd):
     ) -> list[Message]:
         """Wait for every receiver's answer to the last message.
 
-        A receiver's failure doesn't cut the wait for the others short, so that none of them is in
-        the middle of something when this raises.
+        Except while data moves a receiver's failure doesn't cut the wait for the others short, so
+        that none of them is in the middle of something when this raises.
 
         Args:
             expect: the kind of answer, or several.
@@ -118,6 +122,7 @@ class Dialogue(SessionEnd):
         members = self.members.connected
         failures: dict[int, PackedCommError] = {}
         found: dict[int, Message] = {}
+        cut_at: float | None = None
         while True:
             for member in members:
                 if member.rank not in found and member.rank not in failures:
@@ -129,7 +134,12 @@ class Dialogue(SessionEnd):
             waiting = [m for m in members if m.rank not in found and m.rank not in failures]
             if not waiting:
                 break
-            remaining = deadline - time.monotonic()
+            now = time.monotonic()
+            remaining = deadline - now
+            if failures and self.state is SyncState.MOVING:
+                cut_at = cut_at or now + _CUT_SHORT_S
+                if now >= cut_at:
+                    break
             if remaining <= 0:
                 for member in waiting:
                     late = DeadlineExceeded(
@@ -292,7 +302,8 @@ class Dialogue(SessionEnd):
     def _waited_for(self) -> list[dict[str, Any]]:
         """Receivers that are gone or silent, else those that haven't finished."""
         members = self.members.connected
-        suspects = [m for m in members if m.lost is not None] + self._silent()
+        silent = self._silent()
+        suspects = [m for m in members if m.lost is not None or m in silent]
         return [m.as_dict() for m in suspects or [m for m in members if not m.inbox]]
 
 

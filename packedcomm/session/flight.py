@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ class FlightRecord:
         self._settings = settings
         self._events: deque[dict[str, Any]] = deque(maxlen=settings.flight_record_events)
         self._lock = threading.Lock()
+        self._written: Path | None = None
 
     def note(self, event: str, **details: Any) -> None:
         """Remember an event, with JSON values that belong to it."""
@@ -76,6 +78,11 @@ class FlightRecord:
         except OSError as failed:
             logger.warning("the flight record can't be written to %s: %s", folder, failed)
             return None
+        if self._written is not None and self._written != folder / name:
+            # Its rank has changed since.
+            with contextlib.suppress(OSError):
+                self._written.unlink()
+        self._written = folder / name
         return folder / name
 
 

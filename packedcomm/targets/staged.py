@@ -126,7 +126,9 @@ class StagedTarget:
             [Part(next(placed).staged, part.offset, part.scale) for part in parts]
             for parts in final
         ]
-        plan = CopyPlan([(pair.staged, pair.live) for pair in staged])
+        plan = CopyPlan(
+            [(pair.staged, pair.live) for pair in staged], names=[pair.name for pair in staged]
+        )
         while len(self._staging) >= _KEPT:
             del self._staging[next(iter(self._staging))]
         record = TensorRecord(self._live)

@@ -55,6 +55,7 @@ def test_a_name_that_is_no_name_is_refused(name):
         broadcast_consumer([(name, ((1,), torch.float32))], RecordingGroup(), device="cpu")
 
 
+@pytest.mark.fault(10)
 def test_a_name_that_occurs_twice_is_refused_before_its_chunk():
     group = RecordingGroup()
     with pytest.raises(ManifestError, match="duplicate tensor name 'good'"):
@@ -136,6 +137,7 @@ def test_a_device_that_is_not_the_groups_is_refused():
         broadcast_consumer([], OnGpu(), device="cpu")
 
 
+@pytest.mark.fault(32)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_a_typed_error():
     with pytest.raises(CudaError, match="0 GPUs"):
@@ -175,6 +177,7 @@ def test_a_callback_that_raises_aborts_a_communicator_and_is_raised():
     assert "ZeroDivisionError" in group.aborted[0]
 
 
+@pytest.mark.fault(10, 11)
 def test_a_target_lists_every_disagreement_before_any_byte():
     target = TensorTarget({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4)})
     manifest = Manifest(
@@ -218,6 +221,7 @@ def test_destinations_left_without_data_are_an_error_unless_partial():
     assert torch.equal(tensors["good"], GOOD[1])
 
 
+@pytest.mark.fault(25)
 def test_a_destination_that_requires_grad_is_refused_by_name():
     with pytest.raises(TensorError, match=r"'w' requires grad.*detach"):
         TensorTarget({"w": torch.nn.Parameter(torch.ones(2))})
@@ -267,6 +271,7 @@ def test_a_destination_that_overlaps_itself_is_refused_by_name():
         TensorTarget({"w": torch.zeros(3, 1).expand(3, 4)})
 
 
+@pytest.mark.fault(25)
 def test_destinations_on_another_device_are_refused_before_any_byte():
     class MetaTarget:
         def place(self, manifest):

@@ -103,6 +103,7 @@ def test_keys_follow_from_the_secret_and_differ_by_side():
     assert sender.private.decode() not in repr(sender)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [(SECRET, SECRET + "!"), (SECRET, None), (None, SECRET)],
@@ -210,6 +211,7 @@ def test_a_bad_address_is_refused_by_a_receiver(address):
         ReceiverChannel(address, SECRET, DEFAULTS, time.monotonic() + 1)
 
 
+@pytest.mark.fault(27)
 def test_a_taken_port_is_named_and_a_closed_channel_frees_its_port():
     with _listening() as sender:
         with pytest.raises(AddressInUse, match=sender.address):
@@ -246,6 +248,7 @@ def test_a_listener_that_says_nothing_is_a_rendezvous_timeout():
             ReceiverChannel(address, SECRET, DEFAULTS, time.monotonic() + 0.5)
 
 
+@pytest.mark.fault(29)
 def test_silent_and_garbled_connections_disturb_nobody():
     with _listening(SECRET) as sender, contextlib.ExitStack() as stack:
         host, port = sender.address.split(":")

@@ -155,6 +155,7 @@ def _decodes_or_is_refused(frame: bytes) -> None:
     assert decode(encode(message, number))[0] == number
 
 
+@pytest.mark.fault(30)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_message_or_a_protocol_error(data):
     _decodes_or_is_refused(data)
@@ -196,6 +197,7 @@ class _Large(typing.NamedTuple):
     frame: bytes
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "large",
     [

@@ -235,6 +235,7 @@ def test_abort_from_another_thread_ends_a_waiting_operation_with_its_reason(fake
     assert (fake.aborts, fake.aborted_under_a_thread) == (1, 0)
 
 
+@pytest.mark.fault(4)
 def test_an_abort_that_hangs_is_a_lost_context_within_its_time(fake):
     communicator = _connected(fake)
     fake.abort_hangs = 1
@@ -248,6 +249,7 @@ def test_an_abort_that_hangs_is_a_lost_context_within_its_time(fake):
     communicator.close()
 
 
+@pytest.mark.fault(4)
 def test_an_abort_that_fails_is_a_lost_context(fake):
     communicator = _connected(fake)
     fake.abort_result = CUDA_ERROR
@@ -258,6 +260,7 @@ def test_an_abort_that_fails_is_a_lost_context(fake):
     communicator.close()
 
 
+@pytest.mark.fault(5)
 def test_several_are_all_marked_before_one_is_freed(fake):
     communicators = [_connected(fake) for _ in range(3)]
     fake.abort_hangs = 1

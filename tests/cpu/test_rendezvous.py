@@ -112,6 +112,7 @@ def test_on_every_interface_rank_0_learns_its_address_from_the_others():
         other.result()
 
 
+@pytest.mark.fault(1)
 def test_missing_ranks_are_named_on_every_rank_that_came():
     started = time.monotonic()
     results = _meet_all([0, 2], 4, timeout_s=1.0)
@@ -150,6 +151,7 @@ def _record(rank, world_size, /, **other):
     return json.dumps(json.loads(record.to_json()) | other).encode()
 
 
+@pytest.mark.fault(1)
 def test_a_rank_that_goes_silent_after_arriving_is_named():
     with Listener.bind("127.0.0.1:0") as listener, ThreadPoolExecutor(2) as pool:
         silent = pool.submit(_arrive, listener, 1, _record(1, 3))
@@ -160,6 +162,7 @@ def test_a_rank_that_goes_silent_after_arriving_is_named():
         busy.result()
 
 
+@pytest.mark.fault(1, 3)
 def test_a_stopped_rank_0_is_named_and_does_not_hang_the_others():
     box = AddressBox(2)
     message, seconds = run_ranks(_stop_rank_0, 2, box, lost=(0,))[1]
@@ -291,6 +294,7 @@ def test_different_backends_are_a_mismatch():
         assert "backend 'nccl'" in str(result)
 
 
+@pytest.mark.fault(28)
 def test_different_nccl_versions_name_both_versions_and_paths():
     results = _meet_all(
         [0, 1], 2, nccl_version=["2.28.9", "2.27.5"], nccl_path=["/a/libnccl", "/b/libnccl"]
@@ -341,6 +345,7 @@ def test_the_longest_timeout_can_be_waited_for():
     assert _meet_all([0, 1], 2, timeout_s=1e7) == [b"", b""]
 
 
+@pytest.mark.fault(27)
 def test_a_taken_address_is_named():
     with (
         Listener.bind("127.0.0.1:0") as listener,

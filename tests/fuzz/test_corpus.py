@@ -36,6 +36,7 @@ def _checked(target: str, data: bytes, seconds: float) -> bool:
     return valid
 
 
+@pytest.mark.fault(30)
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("target", CHECKS)
 def test_every_kept_input_is_a_value_or_a_typed_error(target):

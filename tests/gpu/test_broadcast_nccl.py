@@ -21,6 +21,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.fault(13, 31)
 @pytest.mark.parametrize("in_place", [False, True], ids=["callback", "in place"])
 @pytest.mark.parametrize(("world_size", "src", "options"), PAIRS)
 def test_odd_tensors_arrive_bit_exact_on_every_rank(world_size, src, options, in_place):
@@ -36,6 +37,7 @@ def test_the_one_by_one_path_agrees():
     assert results[0] == results[1]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("options", [MEDIUM, NATIVE], ids=["vllm", "native"])
 def test_kept_callback_tensors_survive_later_chunks_and_syncs(options):
@@ -43,6 +45,7 @@ def test_kept_callback_tensors_survive_later_chunks_and_syncs(options):
     assert results[0] == results[1]
 
 
+@pytest.mark.fault(14, 15, 16)
 @pytest.mark.gpu(2)
 def test_slow_producers_and_consumers_and_sources_changed_after_the_return():
     results = run_ranks(scenarios.slow_sides, 2, "nccl", AddressBox(2))

@@ -46,6 +46,7 @@ def _alone_in_a_world_of_two(rank, world_size, way):
         return *failure, sum_of_ranks(communicator)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize(
     ("way", "text"),
@@ -137,6 +138,7 @@ def _abort_several(rank, world_size, boxes):
     return time.monotonic() - started
 
 
+@pytest.mark.fault(5)
 @pytest.mark.gpu(2)
 def test_several_communicators_are_aborted_at_once():
     boxes = [AddressBox(2) for _ in range(3)]
@@ -171,6 +173,7 @@ def _no_such_gpu(rank, world_size):
     return count, raised(lambda: NcclCommunicator.connect("127.0.0.1:0", 0, 1, device=count))
 
 
+@pytest.mark.fault(32)
 @pytest.mark.gpu(1)
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so():
     ((count, (kind, message, _)),) = run_ranks(_no_such_gpu, 1)

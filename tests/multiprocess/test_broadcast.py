@@ -13,6 +13,7 @@ NATIVE = {"buffer_size_bytes": 1 << 20, "wire_format": "native"}
 SINGLE = {"buffer_size_bytes": 1 << 20, "num_buffers": 1}
 
 
+@pytest.mark.fault(13, 31)
 @pytest.mark.parametrize("in_place", [False, True], ids=["callback", "in place"])
 @pytest.mark.parametrize(
     ("world_size", "src", "options"),
@@ -30,12 +31,14 @@ def test_the_one_by_one_path_agrees():
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("options", [MEDIUM, NATIVE], ids=["vllm", "native"])
 def test_kept_callback_tensors_survive_later_chunks_and_syncs(options):
     results = run_ranks(scenarios.keep_callback_tensors, 3, "gloo", AddressBox(3), options)
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.fault(14, 15, 16)
 def test_slow_producers_and_consumers_and_sources_changed_after_the_return():
     results = run_ranks(scenarios.slow_sides, 3, "gloo", AddressBox(3))
     assert results[0] == results[1] == results[2]
@@ -55,6 +58,7 @@ def test_two_groups_at_once_in_opposite_directions():
     assert results[0][0] != results[0][1]
 
 
+@pytest.mark.fault(18)
 def test_fifty_rounds_of_connect_sync_close_do_not_grow():
     for growth in run_ranks(
         scenarios.create_and_destroy, 2, "gloo", AddressBox(2), 50, deadline_s=120
@@ -64,6 +68,7 @@ def test_fifty_rounds_of_connect_sync_close_do_not_grow():
         assert growth["resident_bytes"] < 16 << 20
 
 
+@pytest.mark.fault(9)
 def test_an_iterator_that_raises_reaches_every_receiver():
     results = run_ranks(scenarios.failing_iterator, 3, "gloo", AddressBox(3))
     assert results == ["RuntimeError", "PeerLost", "PeerLost"]

@@ -32,6 +32,7 @@ def _connect_without_the_last(rank, world_size, box):
     return raised(lambda: GlooCommunicator.connect(endpoint, rank, world_size, timeout_s=1.0))
 
 
+@pytest.mark.fault(1)
 def test_a_peer_that_never_comes_is_named():
     for kind, message, seconds in run_ranks(_connect_without_the_last, 3, AddressBox(3))[:2]:
         assert kind is RendezvousTimeout
@@ -59,6 +60,7 @@ def _killed(rank, world_size, box, operation):
     return first, second, repr(communicator)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("operation", ["broadcast", "recv", "all_reduce"])
 def test_a_killed_peer_is_lost_on_every_other_rank(operation):
     results = run_ranks(_killed, 3, AddressBox(3), operation, lost=(2,))
@@ -82,6 +84,7 @@ def _stopped(rank, world_size, box):
         return raised(lambda: communicator.broadcast(tensor, world_size - 1))
 
 
+@pytest.mark.fault(3)
 def test_a_stopped_peer_is_a_deadline_that_names_it():
     (kind, message, seconds), _ = run_ranks(_stopped, 2, AddressBox(2), lost=(1,))
     assert kind is DeadlineExceeded

@@ -63,6 +63,7 @@ def corrupting(receiver: WeightReceiver, name: str) -> None:
     following._digests = once
 
 
+@pytest.mark.fault(19)
 def test_torn_weights_stay_torn_until_all_of_them_are_written_again():
     live = weights(0.0)
     with sessions(1) as (session, (end,)):
@@ -116,6 +117,7 @@ def test_several_senders_share_a_session():
             assert live["b"].tolist() == [value] * 4
 
 
+@pytest.mark.fault(21)
 def test_a_receiver_that_knows_nothing_joins_one_that_does():
     live = [weights(0.0), weights(0.0)]
     with sessions(2) as (session, ends):

@@ -1,0 +1,173 @@
+"""Callbacks, iterators and hooks that raise: everybody learns it, and the next sync works."""
+
+from __future__ import annotations
+
+import pytest
+
+from packedcomm import FullWeightSender, TensorTarget, WeightReceiver
+from packedcomm.communicators import GlooCommunicator
+from packedcomm.errors import CapacityError, ContextLost, DeadlineExceeded, RemoteError
+from packedcomm.session.messages import Proceed
+from tests.helpers.in_process import sessions
+from tests.helpers.peers import (
+    Receiving,
+    checksum,
+    eventually,
+    in_place,
+    staged,
+    training,
+    weights,
+)
+
+OLD = checksum(weights(1.0))
+TENSORS = 60
+
+
+def _raises_once(tensors):
+    """A callback that raises in the tenth chunk of its second sync."""
+    chunks = []
+    raised = []
+
+    def on_weights(version, items):
+        chunks.append(version)
+        if version == 1 and chunks.count(1) == 10 and not raised:
+            raised.append(version)
+            raise ZeroDivisionError("of the callback")
+        for name, tensor in items:
+            tensors[name].copy_(tensor)
+
+    return on_weights
+
+
+def many():
+    return weights(0.0, TENSORS)
+
+
+@pytest.mark.fault(7, 19)
+@pytest.mark.parametrize("target", [staged, in_place])
+def test_a_callback_that_raises_stops_all_at_its_chunk_and_its_traceback_reaches_the_sender(target):
+    with training(1, Receiving(target, make=many), sent=weights(1.0, TENSORS)) as group:
+        group.add(Receiving(_raises_once, make=many))
+        generation = group.session.generation
+        with pytest.raises(RemoteError, match="receiver rank 2: ZeroDivisionError: of the") as e:
+            group.sync(2.0)
+        assert "on_weights" in str(e.value.__cause__)
+        assert "Traceback" in str(e.value.__cause__)
+        # What is on its way in buffers of the system and in slots is all that comes after it.
+        assert 9 <= group.session.chunk < TENSORS
+        other, raising = (peer.outcome() for peer in group.peers)
+        assert raising.error == "ZeroDivisionError"
+        assert other.error == "RemoteError"
+        assert "receiver rank 2: ZeroDivisionError: of the callback" in other.text
+        assert "on_weights" in other.cause
+        if target is staged:
+            assert (other.shown, other.checksum) == (0, checksum(weights(1.0, TENSORS)))
+        else:
+            assert (other.shown, other.state) == (None, "torn")
+        new = group.sync(3.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [new, new]
+        assert group.session.generation > generation
+
+
+@pytest.mark.fault(9, 19)
+@pytest.mark.parametrize("target", [staged, in_place])
+def test_an_iterator_that_raises_half_way_reaches_all_and_the_next_sync_works(target):
+    def fail():
+        raise ZeroDivisionError("of the source")
+
+    with training(2, Receiving(target)) as group:
+        group.source.when(12, fail)
+        with pytest.raises(ZeroDivisionError, match="of the source"):
+            group.sync(2.0)
+        for peer in group.peers:
+            outcome = peer.outcome()
+            assert outcome.error == "RemoteError"
+            assert "cancelled by the sender: ZeroDivisionError: of the source" in outcome.text
+            assert outcome.at - group.source.acted_at < 2.5
+            if target is staged:
+                assert (outcome.shown, outcome.checksum) == (0, OLD)
+            else:
+                assert (outcome.shown, outcome.state) == (None, "torn")
+        new = group.sync(3.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [new, new]
+
+
+def _small(value=0.0):
+    return weights(value, 4, 100)
+
+
+@pytest.mark.fault(8)
+def test_a_background_receiver_that_fails_shows_it_everywhere():
+    with sessions(1) as (session, (end,)):
+        receiver = WeightReceiver(TensorTarget(_small()), end)
+
+        def hook(version):
+            raise ZeroDivisionError("in the hook")
+
+        receiver.start(hook)
+        sender = FullWeightSender(_small(1.0), session)
+        sender.sync()
+        eventually(lambda: receiver.status().state == "failed")
+        assert isinstance(receiver.status().error, ZeroDivisionError)
+        with pytest.raises(RemoteError, match="ZeroDivisionError: in the hook"):
+            sender.sync()
+        with pytest.raises(ZeroDivisionError, match="in the hook"):
+            receiver.close()
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("kind", [CapacityError, DeadlineExceeded])
+def test_a_sync_that_failed_is_on_a_background_receivers_status_until_the_next_one(kind):
+    with sessions(1) as (session, (end,)):
+        receiver = WeightReceiver(TensorTarget(_small()), end)
+        receiver.start()
+        sender = FullWeightSender(_small(1.0), session)
+        tell = session.tell
+
+        def telling(message):
+            if isinstance(message, Proceed):
+                session.tell = tell
+                raise kind("for this once")
+            tell(message)
+
+        session.tell = telling
+        with pytest.raises(kind):
+            sender.sync()
+        eventually(lambda: receiver.status().error is not None)
+        assert isinstance(receiver.status().error, kind)
+        sender.sync()
+        eventually(lambda: receiver.status().version == 0)
+        assert receiver.status().error is None
+        session.close()
+        receiver.close()
+
+
+def _cannot_abort(receiver):
+    abort = GlooCommunicator.abort
+
+    def hanging(self, reason):
+        abort(self, reason)
+        if receiver.status().version is not None:
+            raise ContextLost("the abort hangs: this process must restart")
+
+    GlooCommunicator.abort = hanging
+
+
+@pytest.mark.fault(4)
+def test_only_the_process_whose_abort_hangs_must_restart():
+    def fail():
+        raise ZeroDivisionError("of the source")
+
+    with training(1) as group:
+        lost = group.add(Receiving(prepare=_cannot_abort))
+        first = group.sync(2.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [first, first]
+        group.source.when(12, fail)
+        with pytest.raises(ZeroDivisionError):
+            group.sync(3.0)
+        assert group.peers[0].outcome().error == "RemoteError"
+        assert lost.outcome().error == "ContextLost"
+        new, told = group.sync_at_last(4.0)
+        assert [type(error) for error in told] in ([], [ContextLost])
+        assert group.session.world_size == 2
+        assert group.peers[0].received().checksum == new

@@ -1,0 +1,139 @@
+"""Processes that are stopped, not dead: reported as late, left behind, and told so on waking."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from packedcomm.errors import DeadlineExceeded, PeerLost
+from tests.helpers.peers import (
+    PATIENT,
+    Peer,
+    Receiving,
+    checksum,
+    in_place,
+    receive_on,
+    send_on,
+    staged,
+    training,
+    weights,
+)
+
+# The silence after which a process counts as stopped.
+SILENCE_S = 3.0
+QUICK = replace(PATIENT, heartbeat_interval_s=0.5, heartbeat_timeout_s=SILENCE_S)
+
+OLD = checksum(weights(1.0))
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("target", [staged, in_place])
+def test_a_stopped_receiver_is_late_not_dead_and_the_others_go_on_without_it(target):
+    with training(3, Receiving(target, settings=QUICK), settings=QUICK) as group:
+        stopped = group.peers[1]
+        others = [peer for peer in group.peers if peer is not stopped]
+        group.source.when(12, stopped.stop)
+        with pytest.raises(DeadlineExceeded, match=f"receiver rank {stopped.rank}: ") as caught:
+            group.sync(2.0)
+        assert time.monotonic() - group.source.acted_at < SILENCE_S + 4
+        assert not isinstance(caught.value, PeerLost)
+        assert "stopped or hangs" in str(caught.value)
+        assert "in chunk" in str(caught.value)
+        for peer in others:
+            outcome = peer.outcome()
+            assert outcome.error == "DeadlineExceeded"
+            assert f"receiver rank {stopped.rank}: " in outcome.text
+            if target is staged:
+                assert (outcome.shown, outcome.checksum) == (0, OLD)
+        new = group.sync(3.0)
+        assert [peer.outcome().checksum for peer in others] == [new, new]
+        # It wakes up, and learns that it is no member any more.
+        stopped.wake()
+        outcome = stopped.outcome()
+        assert outcome.error in ("PeerLost", "DeadlineExceeded")
+        while outcome.lasts:
+            outcome = stopped.outcome()
+        assert outcome.error in ("PeerLost", "RemoteError")
+        assert "the session goes on without it" in outcome.text
+        assert outcome.shown == (0 if target is staged else None)
+        # It may come again.
+        stopped.tell("reconnect", group.session.address)
+        assert stopped.outcome().kind == "reconnected"
+        newest = group.sync(4.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [newest] * 3
+
+
+@pytest.mark.fault(3)
+def test_a_receiver_that_is_stopped_for_less_than_its_deadline_delays_and_nothing_else():
+    with training(2, Receiving(settings=QUICK), settings=QUICK) as group:
+        slow = group.peers[0]
+
+        def pause():
+            slow.stop()
+            time.sleep(0.5)
+            slow.wake()
+
+        group.source.when(12, pause)
+        new = group.sync(2.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [new, new]
+
+
+@pytest.mark.fault(3)
+def test_a_slow_receiver_that_is_well_is_named_at_the_deadline_of_the_data():
+    settings = replace(PATIENT, move_timeout_s=2.0)
+    with training(2, settings=settings) as group:
+        slow = group.add(Receiving(_never_done, settings=settings))
+        begin = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="receiver rank 3") as caught:
+            group.sync(2.0)
+        assert time.monotonic() - begin < 2.0 + 6
+        assert "moving for more than" in str(caught.value) or "no answer" in str(caught.value)
+        for peer in group.peers[:2]:
+            outcome = peer.outcome()
+            assert outcome.error == "DeadlineExceeded"
+            assert (outcome.shown, outcome.checksum) == (0, OLD)
+        slow.kill()
+        new, told = group.sync_at_last(3.0)
+        assert [type(error) for error in told] == [PeerLost]
+        assert [peer.received().checksum for peer in group.peers[:2]] == [new, new]
+
+
+def _never_done(tensors):
+    def on_weights(version, items):
+        time.sleep(3600)
+
+    return on_weights
+
+
+@pytest.mark.fault(3)
+def test_a_stopped_sender_is_late_not_dead_and_goes_on_when_it_wakes():
+    sender = Peer(send_on, 2, None, QUICK)
+    address, _ = sender.outcome().detail
+    receivers = [Peer(receive_on, address, Receiving(settings=QUICK)) for _ in range(2)]
+    processes = [sender, *receivers]
+    try:
+        assert [peer.outcome().kind for peer in receivers] == ["joined", "joined"]
+        sender.tell("sync", 0, 0.0)
+        old = sender.outcome().checksum
+        assert [peer.outcome().checksum for peer in receivers] == [old, old]
+        sender.stop()
+        begin = time.monotonic()
+        for peer in receivers:
+            outcome = peer.outcome()
+            assert outcome.error == "DeadlineExceeded"
+            assert "the sender" in outcome.text
+            assert "stopped or hangs" in outcome.text
+            assert outcome.at - begin < SILENCE_S + 4
+            assert outcome.shown == 0
+        # It wakes up, and all is well again.
+        sender.wake()
+        sender.tell("sync", 1, 5.0)
+        new = sender.outcome().checksum
+        for peer in receivers:
+            outcome = peer.received()
+            assert (outcome.version, outcome.checksum) == (1, new)
+    finally:
+        for process in processes:
+            process.end()
