@@ -32,7 +32,8 @@ def train(addresses, secret, device):
         for step in range(3):
             with torch.no_grad():
                 model[0].weight += 0.1  # a training step
-            print("sent     ", sender.sync(version=step).as_dict())
+            # One text each: both processes print to the same place.
+            print(f"sent      {sender.sync(version=step).as_dict()}", flush=True)
 
 
 def serve(addresses, secret, device):
@@ -40,7 +41,7 @@ def serve(addresses, secret, device):
     with Session.connect(addresses.get(timeout=60), secret=secret, device=device) as session:
         receiver = WeightReceiver(TensorTarget(model), session)
         while result := receiver.receive():
-            print("received ", result.version, float(model[0].weight.sum()))
+            print(f"received  {result.version} {model[0].weight.sum().item()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class DigestPlan:
         """Bytes that a run reads."""
         return self._table.nbytes
 
-    def run(self, into: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, into: torch.Tensor | None = None, *, wide: bool = False) -> torch.Tensor:
         """The digests, int64, unsigned bits as signed.
 
         On a CPU computed before returning, on a GPU enqueued on the current stream.
@@ -82,6 +82,7 @@ class DigestPlan:
             into: contiguous int64 memory on the device, to which the digests are added, each to the
                 number that the plan has for it; None makes new ones, of zero. On a GPU it must stay
                 until the work has run.
+            wide: whether a GPU may be filled, whatever bound on the grid the plan has.
 
         Returns:
             `into`, or the new tensor.
@@ -100,7 +101,7 @@ class DigestPlan:
             with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream(self.device)
                 table = self._uploaded.address(stream)
-                self._table.launch(table, stream.cuda_stream, address, self._blocks)
+                self._table.launch(table, stream.cuda_stream, address, 0 if wide else self._blocks)
         return into
 
     def moved(self) -> str | None:

@@ -224,6 +224,7 @@ class Following:
                 known = offer.regions_known and self._known(manifest, plan)
                 new = verify and not known
                 ready = Ready(verify, self._hold(manifest, plan) if new else None)
+                session.phases.enter(SyncState.AGREED)
                 session.reply(ready)
                 while isinstance(again := self._expect("agree", 0, Proceed, Offer), Offer):
                     # Another receiver needed the manifest, so all are asked once more.
@@ -231,7 +232,6 @@ class Following:
                         raise ProtocolError("the sender offers something else meanwhile")
                     session.reply(ready)
             memory = self._held[manifest.digest].memory if verify else None
-            session.phases.enter(SyncState.AGREED)
             allowed = session.settings.move_seconds(manifest.nbytes)
             session.chunk = 0
             session.phases.enter(SyncState.MOVING, allowed)

@@ -198,8 +198,11 @@ class Leading:
         """Have every receiver's vote that it holds everything, and compare digests; returns each
         tensor's digest."""
         session = self._session
+        digests = self._digest_plan
         with measured(seconds, "verify"):
             with self._failing():
+                # Made while the votes are still on their way.
+                found = None if digests is None else digests.computed.take()
                 remaining = max(0.1, session.phases.present.remaining)
                 self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
                 session.phases.enter(SyncState.STAGED)
@@ -208,19 +211,17 @@ class Leading:
                     # The slowest receiver's; of stages that the sender has too, the sender's.
                     if stage == "unpack":
                         seconds[stage] = max(seconds.get(stage, 0.0), spent)
-            digests = self._digest_plan
-            if digests is None:
+            if digests is None or found is None:
                 return None
             with self._failing(transport_too=False):
-                found = digests.computed.take()
                 digests.compare(found, self._votes)
-                return found[: digests.tensors]
+            return found[: digests.tensors]
 
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
         session = self._session
         with measured(seconds, "commit"), self._failing(transport_too=False):
-            if (failed := session.failure()) is not None:
+            if (failed := session.known_failure()) is not None:
                 raise failed
             # From here on it is decided: a receiver that is lost now learns it when it comes back.
             session.decided = self._number

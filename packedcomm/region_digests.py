@@ -172,7 +172,18 @@ class RegionDigests:
         assert self._sums is not None
         return self._sums.on(device)
 
-    def rest(self, plan: ChunkPlan, *, keep: bool) -> Work | None:
+    def finish(self) -> None:
+        """As `Digests.finish`."""
+        assert self._sums is not None
+        self._sums.finish()
+
+    def rest(
+        self,
+        plan: ChunkPlan,
+        *,
+        keep: bool,
+        last: bool = False,  # noqa: ARG002  (here the broadcast runs beside it)
+    ) -> Work | None:
         """As `Digests.rest`."""
         found = self._chunks.get(plan)
         if found is None:
@@ -188,7 +199,7 @@ class RegionDigests:
 
     def take(self) -> torch.Tensor:
         """The digests of the last transfer, int64 on the CPU, in the order of the regions; waits
-        for a GPU. To be called by whoever ran the transfer, on the same stream."""
+        for a GPU."""
         assert self._sums is not None
         sums, self._sums = self._sums, None
         total = sums.total()

@@ -162,7 +162,9 @@ class BufferPlan:
         themselves. All other digests need a pass of their own, `packedcomm.digests`."""
         return self._table.digested
 
-    def run(self, buffer: torch.Tensor, digests: torch.Tensor | None = None) -> None:
+    def run(
+        self, buffer: torch.Tensor, digests: torch.Tensor | None = None, *, wide: bool = False
+    ) -> None:
         """Copy everything: on a CPU before returning, on a GPU enqueued on the current stream.
 
         The first run on a GPU uploads the table, which is kept.
@@ -174,6 +176,7 @@ class BufferPlan:
                 digests of what they read, or of what they write where values are converted, each to
                 its number; zero before. On a GPU it must stay until the copy has run. None copies
                 only.
+            wide: whether a GPU may be filled, whatever bound on the grid the plan has.
 
         Raises:
             ArgumentError: the buffer is too small, or `digests` isn't such memory.
@@ -193,7 +196,7 @@ class BufferPlan:
         address = 0
         if digests is not None and self._table.digest_extent:
             address = digests_address(digests, self.device, self._table.digest_extent)
-        self._execution.run(buffer.data_ptr(), address)
+        self._execution.run(buffer.data_ptr(), address, wide=wide)
 
     def moved(self) -> str | None:
         """The name (or position, as "#3") of the first tensor whose address, dtype, shape, strides

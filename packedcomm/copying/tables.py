@@ -131,12 +131,13 @@ class Execution:
         self._blocks = blocks
         self.uploaded = UploadedTable(table, device)
 
-    def run(self, buffer: int = 0, digests: int = 0) -> None:
+    def run(self, buffer: int = 0, digests: int = 0, *, wide: bool = False) -> None:
         """Copy everything.
 
         Args:
             buffer: the address of the table's buffer, if it has one.
             digests: the address of digests that the copies add to; 0 asks for none.
+            wide: whether a GPU may be filled, whatever bound on the grid there is.
         """
         if self._device.type == "cpu":
             self._table.copy(self._threads, buffer, digests)
@@ -144,4 +145,5 @@ class Execution:
             with torch.cuda.device(self._device):
                 stream = torch.cuda.current_stream(self._device)
                 address = self.uploaded.address(stream)
-                self._table.launch(address, stream.cuda_stream, self._blocks, buffer, digests)
+                blocks = 0 if wide else self._blocks
+                self._table.launch(address, stream.cuda_stream, blocks, buffer, digests)

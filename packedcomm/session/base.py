@@ -146,7 +146,7 @@ class SessionEnd(abc.ABC):
         """What those messages say has gone wrong elsewhere that have come already."""
 
     @abc.abstractmethod
-    def _take(self, timeout_s: float) -> None:
+    def _take(self, timeout_s: float, *, soon: bool = False) -> None:
         """Wait for at most 50 ms, and sort what has come. `_pumping` is held."""
 
     @abc.abstractmethod
@@ -211,16 +211,21 @@ class SessionEnd(abc.ABC):
             except ContextLost as error:
                 self.flight.note("context lost", text=str(error)[:500])
 
-    def _pump(self, timeout_s: float) -> None:
-        """Take what has come, waiting for at most 50 ms for something."""
-        with self._pumping:
-            self._take_and_beat(timeout_s)
+    def _pump(self, timeout_s: float, *, soon: bool = False) -> None:
+        """Take what has come, waiting for at most 50 ms for something.
 
-    def _take_and_beat(self, timeout_s: float) -> None:
+        Args:
+            timeout_s: may be shorter, in seconds.
+            soon: whether the other side is about to say something.
+        """
+        with self._pumping:
+            self._take_and_beat(timeout_s, soon=soon)
+
+    def _take_and_beat(self, timeout_s: float, *, soon: bool = False) -> None:
         now = time.monotonic()
         if (gap := now - self._last_look) > _ASLEEP_S:
             self._give_more_time(gap)
-        self._take(timeout_s)
+        self._take(timeout_s, soon=soon)
         self._last_look = now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + self.settings.heartbeat_interval_s
@@ -252,7 +257,8 @@ class SessionEnd(abc.ABC):
 
         An offer that doesn't fit, which harms nobody, isn't recorded.
         """
-        if self.state in AT_REST and not isinstance(error, _WORTH_A_RECORD):
+        harmless = self.state in AT_REST or self.state is SyncState.AGREED
+        if harmless and not isinstance(error, _WORTH_A_RECORD):
             return
         path = self.flight.write(self.facts(), error, self._waited_for())
         if path is not None and not any("flight record" in note for note in _notes_of(error)):

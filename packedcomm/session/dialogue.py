@@ -149,7 +149,7 @@ class Dialogue(SessionEnd):
                     self._give_up_silent_peers(late)
                 break
             self._check_open(what)
-            self._pump(remaining)
+            self._pump(remaining, soon=True)
         if failures:
             raise self._reported(failures)
         return [found[rank] for rank in sorted(found)]
@@ -181,6 +181,10 @@ class Dialogue(SessionEnd):
             return
         with contextlib.suppress(PackedCommError):
             self._cancelled = self._say(Cancel(*described(error)))
+
+    def known_failure(self) -> PackedCommError | None:
+        """As `failure`, of what has come already."""
+        return self.phases.interruption or self._failed()
 
     def _failed(self) -> PackedCommError | None:
         failures = {}
@@ -218,8 +222,8 @@ class Dialogue(SessionEnd):
                     member.disconnect(self._during())
             return self._number
 
-    def _take(self, timeout_s: float) -> None:
-        frames, gone = self._channel.wait(timeout_s, self.members.peers)
+    def _take(self, timeout_s: float, *, soon: bool = False) -> None:
+        frames, gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)
         for peer, frame in frames:
             member = self.members.get(peer)
             try:

@@ -39,7 +39,7 @@ from packedcomm.session.messages import (
 )
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.remote_errors import described, remote_error
-from packedcomm.session.states import SyncState
+from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
@@ -155,7 +155,7 @@ class ReceiverSession(SessionEnd):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise DeadlineExceeded(f"{self._whom()} has said nothing within {timeout_s:.3g} s")
-            self._pump(remaining)
+            self._pump(remaining, soon=self.state not in AT_REST)
 
     def reply(self, message: Message) -> None:
         """Answer the message that `receive` returned last.
@@ -206,8 +206,8 @@ class ReceiverSession(SessionEnd):
     def _during(self) -> str:
         return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
 
-    def _take(self, timeout_s: float) -> None:
-        for frame in self._channel.wait(timeout_s):
+    def _take(self, timeout_s: float, *, soon: bool = False) -> None:
+        for frame in self._channel.wait(timeout_s, soon=soon):
             self._heard = time.monotonic()
             message: Message | ProtocolError
             try:

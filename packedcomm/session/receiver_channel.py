@@ -12,7 +12,7 @@ from packedcomm.communicators.bounded_store import wait_for_server
 from packedcomm.communicators.listener import Address
 from packedcomm.errors import ArgumentError, AuthenticationError, PeerLost, RendezvousTimeout
 from packedcomm.session.authentication import Keys, check_secret
-from packedcomm.session.channel import BATCH, Channel
+from packedcomm.session.channel import BATCH, EVENTS, READABLE, Channel
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverChannel"]
@@ -117,16 +117,17 @@ class ReceiverChannel(Channel):
             except zmq.Again:
                 raise PeerLost(f"the sender at {self.address} takes no messages") from None
 
-    def wait(self, timeout_s: float) -> list[bytes]:
+    def wait(self, timeout_s: float, *, soon: bool = False) -> list[bytes]:
         """Wait for frames or for the end of the connection (`lost`), for at most 50 ms.
 
         Args:
             timeout_s: may be shorter, in seconds.
+            soon: whether something is about to come.
         """
         with self._lock:
             self._check_open()
             if not self.lost:
-                readable, eventful = self._poll(timeout_s)
+                readable, eventful = self._poll(timeout_s, soon=soon)
                 if eventful:
                     self._notice_loss()
                 elif not readable:
@@ -137,10 +138,9 @@ class ReceiverChannel(Channel):
 
     def _take(self, most: int) -> list[bytes]:
         frames: list[bytes] = []
-        with contextlib.suppress(zmq.Again):
-            while len(frames) < most:
-                if frame := self._socket.recv(zmq.NOBLOCK):
-                    frames.append(frame)
+        while len(frames) < most and self._socket.getsockopt(EVENTS) & READABLE:
+            if frame := self._socket.recv(zmq.NOBLOCK):
+                frames.append(frame)
         return frames
 
     def _notice_loss(self) -> None:

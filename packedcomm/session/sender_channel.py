@@ -13,7 +13,7 @@ import zmq
 from packedcomm.communicators.listener import Listener
 from packedcomm.errors import ArgumentError
 from packedcomm.session.authentication import Gate, Keys, check_secret
-from packedcomm.session.channel import BATCH, Channel
+from packedcomm.session.channel import BATCH, EVENTS, READABLE, Channel
 from packedcomm.settings import Settings
 
 __all__ = ["SenderChannel"]
@@ -80,20 +80,21 @@ class SenderChannel(Channel):
             return self._try_to_send(peer, frame)
 
     def wait(
-        self, timeout_s: float, peers: Collection[bytes]
+        self, timeout_s: float, peers: Collection[bytes], *, soon: bool = False
     ) -> tuple[list[tuple[bytes, bytes]], set[bytes]]:
         """Wait for frames or for the end of a connection, for at most 50 ms.
 
         Args:
             timeout_s: may be shorter, in seconds.
             peers: those of whom to tell whether they are still there.
+            soon: whether something is about to come.
 
         Returns:
             The frames that came, with their peers; and which of `peers` have gone.
         """
         with self._lock:
             self._check_open()
-            readable, eventful = self._poll(timeout_s)
+            readable, eventful = self._poll(timeout_s, soon=soon)
             frames = self._take() if readable else []
             gone = set()
             now = time.monotonic()
@@ -132,20 +133,19 @@ class SenderChannel(Channel):
     def _take(self) -> list[tuple[bytes, bytes]]:
         frames: list[tuple[bytes, bytes]] = []
         receive = self._socket.recv
-        with contextlib.suppress(zmq.Again):
-            while len(frames) < BATCH:
-                peer = receive(zmq.NOBLOCK, copy=False)
-                part = receive(zmq.NOBLOCK, copy=False) if peer.more else peer
-                frame = part.bytes if part is not peer else b""
-                if self._pending:
-                    self._pending.pop(part.get(zmq.SRCFD), None)
-                while part.more:
-                    # Nothing of ours has several parts: dropped as they come, and the frame with
-                    # them, by the codec.
-                    part = receive(zmq.NOBLOCK, copy=False)
-                    frame = b"\xc1"
-                if frame:
-                    frames.append((peer.bytes, frame))
+        while len(frames) < BATCH and self._socket.getsockopt(EVENTS) & READABLE:
+            peer = receive(zmq.NOBLOCK, copy=False)
+            part = receive(zmq.NOBLOCK, copy=False) if peer.more else peer
+            frame = part.bytes if part is not peer else b""
+            if self._pending:
+                self._pending.pop(part.get(zmq.SRCFD), None)
+            while part.more:
+                # Nothing of ours has several parts: dropped as they come, and the frame with them,
+                # by the codec.
+                part = receive(zmq.NOBLOCK, copy=False)
+                frame = b"\xc1"
+            if frame:
+                frames.append((peer.bytes, frame))
         return frames
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:

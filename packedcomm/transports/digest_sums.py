@@ -31,7 +31,10 @@ class Digests(Protocol):
     def sums(self, device: torch.device) -> torch.Tensor:
         """What copies on this device add their digests to."""
 
-    def rest(self, plan: ChunkPlan, *, keep: bool) -> Work | None:
+    def finish(self) -> None:
+        """After the last chunk, with the caller's stream behind all lanes."""
+
+    def rest(self, plan: ChunkPlan, *, keep: bool, last: bool = False) -> Work | None:
         """What a chunk's copies leave to be digested, as work for the digest lane.
 
         It reads the chunk's tensors where they are in memory, and never a slot.
@@ -39,6 +42,7 @@ class Digests(Protocol):
         Args:
             plan: the chunk.
             keep: whether the plan comes again in a later transfer.
+            last: whether no broadcast runs beside this work any more, which may then fill a GPU.
 
         Returns:
             None if nothing is left.
@@ -57,6 +61,20 @@ class DigestSums:
         self._count = count
         sums = pipeline.allocate(8 * count).view(torch.int64).zero_()
         self._by_device = {sums.device: sums}
+        self._arriving: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
+
+    def finish(self) -> None:
+        """After the last work, on the caller's stream, which comes after all lanes: bring a GPU's
+        digests to the host, so that whoever waits for that stream has them."""
+        for device, sums in self._by_device.items():
+            if device.type == "cuda":
+                host = torch.empty(self._count, dtype=torch.int64, pin_memory=True)
+                host.copy_(sums, non_blocking=True)
+                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                arrived.record()
+                self._arriving.append((host, arrived))
+            else:
+                self._arriving.append((sums, None))
 
     def on(self, device: torch.device) -> torch.Tensor:
         """One digest per number, int64, on the pipeline's device or in host memory."""
@@ -68,12 +86,13 @@ class DigestSums:
         return found
 
     def total(self) -> torch.Tensor:
-        """All digests, int64, on the CPU. On a GPU the current stream must come after the lanes,
-        and is waited for."""
+        """All digests, int64, on the CPU. To be called after `finish`; waits for a GPU."""
         total = torch.zeros(self._count, dtype=torch.int64)
-        for sums in self._by_device.values():
+        for sums, arrived in self._arriving:
+            if arrived is not None:
+                arrived.synchronize()
             # No digest is made on two devices, so one of the addends is 0.
-            total += sums.cpu()
+            total += sums
         return total
 
 
@@ -102,7 +121,12 @@ class ReceivedDigests:
         assert self._sums is not None
         return self._sums.on(device)
 
-    def rest(self, plan: ChunkPlan, *, keep: bool) -> Work | None:
+    def finish(self) -> None:
+        """As `Digests.finish`."""
+        assert self._sums is not None
+        self._sums.finish()
+
+    def rest(self, plan: ChunkPlan, *, keep: bool, last: bool = False) -> Work | None:
         """As `Digests.rest`: the parts of a chunk that are received in place, strided or cut so
         that their words don't end with the copy's tiles."""
         if plan in self._passes:
@@ -111,14 +135,14 @@ class ReceivedDigests:
             digests = _pass_over(plan)
             if keep:
                 self._passes[plan] = digests
-        return None if digests is None else partial(self._run, digests)
+        return None if digests is None else partial(self._run, digests, last)
 
-    def _run(self, digests: DigestPlan) -> None:
-        digests.run(self.sums(digests.device))
+    def _run(self, digests: DigestPlan, wide: bool) -> None:
+        digests.run(self.sums(digests.device), wide=wide)
 
     def take(self) -> torch.Tensor:
         """The digests of the last transfer, int64 on the CPU, in the order of the destinations;
-        waits for a GPU. To be called by whoever ran the transfer, on the same stream."""
+        waits for a GPU."""
         assert self._sums is not None
         sums, self._sums = self._sums, None
         return sums.total()

@@ -139,7 +139,7 @@ class Receiving:
                     assert isinstance(metadata, Manifest)
                     plan = self._placed or self.place(metadata)
                     for chunk_plan in plan.chunks:
-                        self._receive_into(chunk_plan)
+                        self._receive_into(chunk_plan, last=chunk_plan is plan.chunks[-1])
                         self._progress.moved(chunk_plan.chunk)
                 else:
                     callback: Any = self._receiver
@@ -150,6 +150,7 @@ class Receiving:
                 if digests is not None:
                     # From here on the caller may overwrite what the digest lane reads.
                     self._pipeline.caller.wait_for(self._pipeline.digest.tail())
+                    digests.finish()
         finally:
             # They refer back to this object; buffers must not wait for the garbage collector.
             self._arriving = None
@@ -297,9 +298,9 @@ class Receiving:
 
     # Into a target.
 
-    def _receive_into(self, plan: ChunkPlan) -> None:
+    def _receive_into(self, plan: ChunkPlan, *, last: bool) -> None:
         digests = self._digests
-        digest = None if digests is None else digests.rest(plan, keep=True)
+        digest = None if digests is None else digests.rest(plan, keep=True, last=last)
         if not plan.slot_bytes:
             self._receive(plan.operands(None, self._pipeline.device), None, digest=digest)
             return
@@ -307,7 +308,9 @@ class Receiving:
 
         def unpack() -> None:
             for copies in plan.copies:
-                copies.run(buffer, None if digests is None else digests.sums(copies.device))
+                sums = None if digests is None else digests.sums(copies.device)
+                # Behind the last broadcast nothing else needs the multiprocessors.
+                copies.run(buffer, sums, wide=last)
 
         self._receive(plan.operands(slot, self._pipeline.device), unpack, slot, digest)
 

@@ -175,6 +175,7 @@ class Sending:
                 if self._digests is not None:
                     # From here on the caller may overwrite what the digest lane reads.
                     pipeline.caller.wait_for(pipeline.digest.tail())
+                    self._digests.finish()
 
     def _plans(self, sizes: Iterator[int]) -> Iterator[ChunkPlan]:
         pull = self._pulled.pop

@@ -42,6 +42,7 @@ from tests.helpers.operations import raised
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sessions import (
     DIGEST,
+    QUICK,
     SECRET,
     SessionBox,
     join,
@@ -236,8 +237,11 @@ def _claim(rank, world_size, box, claims):
     hello = dataclasses.replace(own, **claims[rank])
     agreement.own_hello = lambda device, settings: hello
 
+    # Whoever fits may come when the session has ended already.
+    settings = dataclasses.replace(QUICK, connect_timeout_s=4.0)
+
     def come():
-        with join(box, rank, world_size) as session:
+        with join(box, rank, world_size, settings=settings) as session:
             message = session.receive(20)
             return session.receive(20) if not isinstance(message, Close) else message
 
