@@ -24,7 +24,6 @@ import torch
 
 from packedcomm import (
     FullWeightSender,
-    ModuleSource,
     Session,
     Settings,
     StagedTarget,
@@ -34,6 +33,7 @@ from packedcomm import (
 from packedcomm.errors import PackedCommError
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import SenderSession
+from tests.helpers.interrupted import Interrupted
 
 SECRET = "sixteen and more characters"
 
@@ -294,33 +294,6 @@ def send_on(
                 connection.send(failure(error, at=time.monotonic(), shown=sender.version))
             else:
                 connection.send(Outcome("sent", version=result.version, checksum=checksum(sent)))
-
-
-class Interrupted(ModuleSource):
-    """Does something when the tensor of a given index is asked for, once; then it goes on."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        super().__init__(tensors)
-        self.at: int | None = None
-        self.action: Callable[[], Any] = lambda: None
-        self.acted_at = 0.0
-
-    def when(self, index: int, action: Callable[[], Any]) -> None:
-        """What to do, and when."""
-        self.at, self.action = index, action
-
-    def snapshot(self) -> Any:
-        whole = super().snapshot()
-        self._whole = whole.parts
-        return type(whole)(whole.manifest, None, ())
-
-    def gather(self, snapshot: Any) -> Any:
-        for number, parts in enumerate(self._whole or ()):
-            if number == self.at:
-                self.at = None
-                self.acted_at = time.monotonic()
-                self.action()
-            yield parts
 
 
 class Training:
