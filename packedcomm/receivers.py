@@ -24,6 +24,7 @@ from packedcomm.errors import (
 from packedcomm.following import Following, Update
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
+from packedcomm.session.base import deadline_after
 from packedcomm.session.messages import Close, Committed, Message, NoChange, Offer
 from packedcomm.session.states import AT_END, AT_REST, SyncState
 
@@ -100,7 +101,10 @@ class WeightReceiver:
             raise SessionStateError("receive: a thread of this receiver is receiving already")
         if self._end is SyncState.CLOSED:
             raise SessionStateError("receive: the receiver is closed")
-        return self._take(self._next(timeout_s))
+        message = self._next(timeout_s)
+        if message is None:
+            raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")
+        return self._take(message)
 
     def reconnect(self, session: ReceiverSession) -> int | None:
         """Go on in a new session, after the sender was lost or has restarted; ends the old one.
@@ -220,22 +224,25 @@ class WeightReceiver:
     def _take_in_background(self, on_update: Callable[[int], Any] | None) -> bool:
         """Wait a little for a message and act on it; whether the thread goes on. A sync that fails
         doesn't end it while the session lasts."""
-        message = None
         try:
             message = self._next(_LOOK_S)
+            if message is None:
+                return True
             result = self._take(message)
         except ContextLost:
             raise
         except PackedCommError as error:
             if not self.session.lasts:
                 raise
-            late = isinstance(error, DeadlineExceeded)
-            if late and message is None and self.session.silent is None:
-                return True  # nothing came
             with self._lock:
+                again = type(self._error) is type(error) is DeadlineExceeded
                 self._error = error
                 self._told = False
-            logger.warning("a sync failed, the receiver goes on: %s", error)
+            if not again:
+                logger.warning("a sync failed, the receiver goes on: %s", error)
+            if isinstance(error, DeadlineExceeded):
+                # A sender that is silent stays so for a while.
+                self._ending.wait(_LOOK_S)
             return True
         if result is None:
             return False
@@ -243,11 +250,14 @@ class WeightReceiver:
             on_update(result.version)
         return True
 
-    def _next(self, timeout_s: float | None) -> Message:
+    def _next(self, timeout_s: float | None) -> Message | None:
+        """What the sender says next that concerns a receiver between syncs; None if nothing came in
+        time."""
+        deadline = deadline_after(timeout_s)
         try:
             while True:
-                message = self.session.receive(timeout_s)
-                if isinstance(message, (Offer, NoChange, Close)):
+                message = self.session.poll(max(0.0, deadline - time.monotonic()))
+                if message is None or isinstance(message, (Offer, NoChange, Close)):
                     return message
                 # Of a sync that this end has left: the sender hadn't heard of that yet, or this is
                 # its answer.

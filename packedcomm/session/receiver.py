@@ -111,11 +111,6 @@ class ReceiverSession(SessionEnd):
         """Whether more can come from the sender."""
         return self._ended is None and self._left is None and not self._channel.lost
 
-    @property
-    def silent(self) -> DeadlineExceeded | None:
-        """The error of a sender that hasn't been heard for too long: it is stopped or hangs."""
-        return self._silent()
-
     def receive(self, timeout_s: float | None = None) -> Message:
         """The sender's next message, in the order in which they were sent.
 
@@ -133,6 +128,13 @@ class ReceiverSession(SessionEnd):
             RendezvousTimeout, NcclError, RemoteError, ...: a communicator couldn't be connected;
                 the session goes on.
         """
+        message = self.poll(timeout_s)
+        if message is None:
+            raise DeadlineExceeded(f"{self._whom()} has said nothing within {timeout_s:.3g} s")
+        return message
+
+    def poll(self, timeout_s: float | None) -> Message | None:
+        """As `receive`, but None if nothing came in time."""
         deadline = deadline_after(timeout_s)
         while True:
             self._check_open("receive")
@@ -150,11 +152,15 @@ class ReceiverSession(SessionEnd):
                 raise SessionStateError(f"receive: the sender has left the session: {self._left}")
             if self._channel.lost:
                 raise PeerLost(f"{self._whom()} has ended the connection")
-            if (silent := self._silent()) is not None:
-                raise silent
+            if self._silent() is not None:
+                # Unless nobody has looked for so long.
+                self._pump(0.0)
+                if (silent := self._silent()) is not None:
+                    raise silent
+                continue
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise DeadlineExceeded(f"{self._whom()} has said nothing within {timeout_s:.3g} s")
+                return None
             self._pump(remaining, soon=self.state not in AT_REST)
 
     def reply(self, message: Message) -> None:

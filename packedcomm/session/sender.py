@@ -16,10 +16,7 @@ from packedcomm.communicators import (
     NcclCommunicator,
 )
 from packedcomm.communicators.listener import Address, closing_on_error
-from packedcomm.errors import (
-    PackedCommError,
-    RendezvousTimeout,
-)
+from packedcomm.errors import PackedCommError, PeerLost, RendezvousTimeout
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import agreement
 from packedcomm.session.base import deadline_after
@@ -124,8 +121,7 @@ class SenderSession(Dialogue):
         self._check_open("wait")
         if self.generation == 0:
             try:
-                self._await_members(receivers or self._first)
-                self._assemble()
+                self._begin(receivers or self._first)
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
                 self._say_to_all(Close(reason[:4000], in_order=False))
@@ -135,9 +131,23 @@ class SenderSession(Dialogue):
                 raise
         self.assemble()
         if receivers is not None and len(self.members.present) < receivers:
-            self._await_members(receivers)
+            self._await_members(receivers, deadline_after(self.settings.connect_timeout_s))
             self.assemble()
         return self
+
+    def _begin(self, wanted: int) -> None:
+        """Connect the first communicator. A receiver that dies before is not missed yet: another
+        may come in its place."""
+        deadline = deadline_after(self.settings.connect_timeout_s)
+        while True:
+            self._await_members(wanted, deadline)
+            try:
+                self._assemble()
+            except PeerLost:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                return
 
     def assemble(self) -> float:
         """Make sure that the communicator connects exactly the receivers that are there.
@@ -152,7 +162,7 @@ class SenderSession(Dialogue):
         self._pump(0.0)
         self._drop_gone()
         if not len(self.members):
-            self._await_members(1)
+            self._await_members(1, deadline_after(self.settings.connect_timeout_s))
         if self._communicator is not None and all(m.connected for m in self.members):
             return 0.0
         return self._assemble()
@@ -170,9 +180,8 @@ class SenderSession(Dialogue):
         if untold:
             raise combined(untold)
 
-    def _await_members(self, wanted: int) -> None:
+    def _await_members(self, wanted: int, deadline: float) -> None:
         begin = time.monotonic()
-        deadline = deadline_after(self.settings.connect_timeout_s)
         while len(self.members.present) < wanted:
             self._check_open("wait")
             if self._misfit is not None and self.generation == 0:
