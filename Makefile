@@ -44,6 +44,7 @@ format: $(VENV)/.built
 
 bench: $(VENV)/.built peers
 	$(BIN)/python -m benchmarks.run --device cpu --out $(OUT)
+	$(BIN)/python -m benchmarks.session_overhead --device cpu --out $(OUT)
 
 # The table and the chart of the README, from the results in the repository.
 report: $(VENV)/.built
@@ -76,6 +77,7 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)
+	$(PYTHON) -m benchmarks.session_overhead --device cpu --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info packedcomm/_native*.so .venv .peers

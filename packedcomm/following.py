@@ -294,7 +294,9 @@ class Following:
         if staged:
             self._torn.update(manifest.by_name)
             self._target.commit(manifest)
-        self._wait()
+        # Decided: whatever happens to the sender now changes nothing.
+        allowed = self._session.settings.commit_seconds(manifest.nbytes)
+        wait_for_device(self._session.device, allowed, lambda: None, "commit")
         self._torn.difference_update(manifest.by_name)
 
     def _manifest(self, offer: Offer) -> tuple[Manifest, Offer]:
@@ -364,8 +366,5 @@ class Following:
 
     def _wait(self) -> None:
         session = self._session
-        phase = session.phases.present
-        allowed = session.settings.commit_timeout_s
-        if phase.state is SyncState.MOVING:
-            allowed = max(0.1, phase.remaining)
-        wait_for_device(session.device, allowed, session.failure, "sync")
+        remaining = max(0.1, session.phases.present.remaining)
+        wait_for_device(session.device, remaining, session.failure, "sync")

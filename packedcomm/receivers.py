@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -314,7 +315,9 @@ class WeightReceiver:
     def _note(self, version: int) -> None:
         with self._lock:
             torn = self._following.torn
-            self.session.phases.enter(SyncState.TORN if torn else SyncState.COMMITTED)
+            # What is held is held, also where the session has just ended.
+            with contextlib.suppress(SessionStateError):
+                self.session.phases.enter(SyncState.TORN if torn else SyncState.COMMITTED)
             self._version = None if torn else version
             self._error = None
             self._update_count += 1

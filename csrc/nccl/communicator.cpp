@@ -16,6 +16,9 @@ constexpr auto kShortSleep = std::chrono::microseconds(20);
 constexpr auto kShortSleepsFor = std::chrono::milliseconds(20);
 constexpr auto kLongSleep = std::chrono::microseconds(500);
 
+// How long an operation waits for another thread to leave NCCL.
+constexpr auto kOthersCheck = std::chrono::milliseconds(100);
+
 // Even where finalising has used up the caller's time, freeing gets this long.
 constexpr double kLeastTimeToFree = 1.0;
 
@@ -91,7 +94,8 @@ std::shared_ptr<Communicator> Communicator::adopt(std::shared_ptr<const Library>
 
 Communicator::Inside Communicator::enter(const std::string& what) {
   if (shared_->stopping) throw aborted();
-  Inside lock(shared_->inside, std::try_to_lock);
+  // Long enough for another thread's check_async_error, which takes microseconds.
+  Inside lock(shared_->inside, kOthersCheck);
   if (!lock.owns_lock()) {
     if (shared_->stopping) throw aborted();
     throw Error(ErrorKind::kSessionState, what + ": another thread uses this communicator");

@@ -37,9 +37,9 @@ struct Operation {
 // An operation returns once its kernels are on the stream, not before: an event that is recorded on
 // the stream afterwards covers them.
 //
-// Threads: one at a time, except begin_abort and abort, which any thread may call at any moment. No
-// function needs the GIL; all but group_start and group_cancel may wait. Errors are
-// packedcomm::Error.
+// Threads: one at a time, except begin_abort, abort and check_async_error, which any thread may
+// call at any moment. No function needs the GIL; all but group_start and group_cancel may wait.
+// Errors are packedcomm::Error.
 class Communicator {
  public:
   // Starts to connect; `wait_ready` must follow. The device must be current on the calling thread.
@@ -70,7 +70,7 @@ class Communicator {
   void group_cancel() noexcept;
 
   // Throws the error that NCCL met since the last operation, if any. Does nothing while another
-  // thread is inside.
+  // thread is inside, and may be called by any thread at any moment.
   void check_async_error();
 
   // The CUDA device of the communicator.
