@@ -229,9 +229,10 @@ def receive_on(connection: Connection, address: str, how: Receiving) -> None:
     if how.prepare is not None:
         how.prepare(receiver)
     while True:
-        connection.send(_received(receiver, live))
-        if receiver.session.silent is not None:
-            time.sleep(0.2)  # it would be said again and again
+        outcome = _received(receiver, live)
+        connection.send(outcome)
+        if outcome.error == "DeadlineExceeded":
+            time.sleep(0.2)  # a silent sender would be said to be so again and again
         while not receiver.session.lasts:
             command, *arguments = connection.recv()
             assert command == "reconnect"
