@@ -25,8 +25,8 @@ from packedcomm.errors import (
 from packedcomm.following import Following, Update
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
-from packedcomm.session.base import deadline_after
 from packedcomm.session.messages import Close, Committed, Message, NoChange, Offer
+from packedcomm.session.phases import deadline_after
 from packedcomm.session.states import AT_END, AT_REST, SyncState
 
 __all__ = ["OnWeights", "WeightReceiver"]

@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,7 +35,7 @@ from packedcomm.session.supervisor import Supervisor
 from packedcomm.settings import Settings
 from packedcomm.transports.slots import release_buffers
 
-__all__ = ["SCHEMA_VERSION", "SessionEnd", "deadline_after"]
+__all__ = ["SCHEMA_VERSION", "SessionEnd"]
 
 # Of the description that `write_description` writes.
 SCHEMA_VERSION = 2
@@ -45,11 +44,6 @@ SCHEMA_VERSION = 2
 _ASLEEP_S = 1.0
 
 _WORTH_A_RECORD = (ContextLost, DeadlineExceeded, PeerLost, RendezvousTimeout)
-
-
-def deadline_after(timeout_s: float | None) -> float:
-    """The point on the monotonic clock that many seconds from now; never, for None."""
-    return float("inf") if timeout_s is None else time.monotonic() + timeout_s
 
 
 class SessionEnd(abc.ABC):
@@ -261,7 +255,8 @@ class SessionEnd(abc.ABC):
         if harmless and not isinstance(error, _WORTH_A_RECORD):
             return
         path = self.flight.write(self.facts(), error, self._waited_for())
-        if path is not None and not any("flight record" in note for note in _notes_of(error)):
+        notes = getattr(error, "__notes__", ())
+        if path is not None and not any("flight record" in note for note in notes):
             error.add_note(f"flight record: {path}")
 
     def facts(self) -> dict[str, Any]:
@@ -382,12 +377,7 @@ class SessionEnd(abc.ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             # Receivers that wait for data must not wait for this end to close in order.
             self.abort(f"{type(error).__name__}: {error}"[:1000])
@@ -403,8 +393,3 @@ class SessionEnd(abc.ABC):
             f"{type(self).__name__}({self.address!r}, rank={self.rank}, "
             f"world_size={self.world_size}, device='{self.device}', {self.state}{state})"
         )
-
-
-def _notes_of(error: BaseException) -> list[str]:
-    """The notes of an error."""
-    return list(getattr(error, "__notes__", []))

@@ -17,10 +17,11 @@ from packedcomm.errors import (
     PackedCommError,
     ProtocolError,
 )
-from packedcomm.session.base import SessionEnd, deadline_after
+from packedcomm.session.base import SessionEnd
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.members import Member, Members
 from packedcomm.session.messages import Beat, Cancel, Failure, Hello, Message, Refused
+from packedcomm.session.phases import deadline_after
 from packedcomm.session.remote_errors import combined, described, remote_error
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState

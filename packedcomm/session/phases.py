@@ -10,7 +10,12 @@ from packedcomm.errors import DeadlineExceeded, PackedCommError
 from packedcomm.session.flight import FlightRecord
 from packedcomm.session.states import AT_END, AT_REST, SyncState, next_state
 
-__all__ = ["Phase", "Phases"]
+__all__ = ["Phase", "Phases", "deadline_after"]
+
+
+def deadline_after(timeout_s: float | None) -> float:
+    """The point on the monotonic clock that many seconds from now; never, for None."""
+    return float("inf") if timeout_s is None else time.monotonic() + timeout_s
 
 
 @dataclass(frozen=True, slots=True)

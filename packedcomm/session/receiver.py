@@ -21,7 +21,7 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.session import agreement
-from packedcomm.session.base import SessionEnd, deadline_after
+from packedcomm.session.base import SessionEnd
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.messages import (
     Assemble,
@@ -37,6 +37,7 @@ from packedcomm.session.messages import (
     Transport,
     Welcome,
 )
+from packedcomm.session.phases import deadline_after
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.remote_errors import described, remote_error
 from packedcomm.session.states import AT_REST, SyncState

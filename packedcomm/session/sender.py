@@ -19,7 +19,6 @@ from packedcomm.communicators.listener import Address, closing_on_error
 from packedcomm.errors import PackedCommError, PeerLost, RendezvousTimeout
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import agreement
-from packedcomm.session.base import deadline_after
 from packedcomm.session.dialogue import Dialogue
 from packedcomm.session.frames import encode
 from packedcomm.session.messages import (
@@ -33,6 +32,7 @@ from packedcomm.session.messages import (
     Transport,
     Welcome,
 )
+from packedcomm.session.phases import deadline_after
 from packedcomm.session.remote_errors import combined
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState
