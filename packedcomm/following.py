@@ -145,7 +145,11 @@ class Following:
         doubt, self._doubt = self._doubt, None
         self._session = session
         self._held.clear()
-        if doubt is None or (session.epoch, session.decided) != (doubt.epoch, doubt.number):
+        if doubt is None or session.epoch != doubt.epoch or session.decided > doubt.number:
+            return None
+        if session.decided < doubt.number:
+            # The sender may not know yet that the connection was lost, and decide it still.
+            self._doubt = doubt
             return None
         self._commit(doubt.manifest, staged=doubt.staged)
         return doubt.version
@@ -163,9 +167,9 @@ class Following:
             return self._receive(offer)
         except BaseException as error:
             cause = self._cause(error)
-            session.record_failure(cause or error)
             if not self.cancelled:
                 session.fail(cause or error)
+            session.record_failure(cause or error)
             try:
                 if session.state is SyncState.MOVING:
                     # Not used again: only the sender knows whether every rank has come to its end.

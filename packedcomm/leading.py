@@ -94,6 +94,8 @@ class Leading:
         self._votes: list[Staged] = []
         self._number = 0
         self._nbytes = 0
+        self.decided_version: int | None = None
+        """The version of the last sync that was decided to be committed."""
         self.verified = False
         """Whether every receiver's digests were compared in the last sync."""
 
@@ -106,7 +108,7 @@ class Leading:
             seconds["connect"] = time.perf_counter() - begin
 
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
-        """Come to know that every receiver can take this manifest; then let them proceed."""
+        """Come to know that every receiver can take this manifest."""
         session = self._session
         with measured(seconds, "agree"), self._failing(transport_too=False):
             manifest = snapshot.manifest
@@ -125,7 +127,6 @@ class Leading:
             self._remember(digest, _all_of(Ready, replies))
             self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
             session.phases.enter(SyncState.AGREED)
-            session.tell(Proceed(version))
 
     def _offer(self, version: int, digest: str, text: str) -> Sequence[Any]:
         offer = Offer(
@@ -165,9 +166,13 @@ class Leading:
         return found
 
     def move(
-        self, snapshot: Snapshot, gathered: Iterator[Sequence[Part]], seconds: dict[str, float]
+        self,
+        snapshot: Snapshot,
+        gathered: Iterator[Sequence[Part]],
+        version: int,
+        seconds: dict[str, float],
     ) -> None:
-        """Send the data; returns when this side's part is done."""
+        """Let the receivers proceed and send the data; returns when this side's part is done."""
         session = self._session
         digests = self._digest_plan
         computed = None if digests is None else digests.computed
@@ -181,6 +186,7 @@ class Leading:
                 session.chunk += 1
 
         with self._failing():
+            session.tell(Proceed(version))
             allowed = session.settings.move_seconds(self._nbytes)
             session.phases.enter(SyncState.MOVING, allowed)
             session.communicator.set_timeout(allowed)
@@ -224,8 +230,13 @@ class Leading:
             if (failed := session.known_failure()) is not None:
                 raise failed
             # From here on it is decided: a receiver that is lost now learns it when it comes back.
-            session.decided = self._number
-            session.tell(Commit(version))
+            session.decided, self.decided_version = self._number, version
+            try:
+                session.tell(Commit(version))
+            except BaseException:
+                # All must hear it; who has heard it already skips the second one.
+                session.tell(Commit(version))
+                raise
             allowed = session.settings.commit_seconds(self._nbytes)
             for reply in _all_of(Committed, session.answers(Committed, "Commit", allowed)):
                 if reply.version != version:
@@ -261,7 +272,10 @@ class Leading:
             yield
         except BaseException as error:
             cause = await_cause(error, session.failure) if transport_too else None
-            session.fail_sync(cause or error, transport_too=transport_too)
+            # A receiver that agrees but has no communicator tells that this end's is of no use.
+            useless = transport_too or isinstance(error, SessionStateError)
+            decided = session.decided == self._number
+            session.fail_sync(cause or error, transport_too=useless, decided=decided)
             if cause is not None and cause is not error:
                 raise cause from cause.__cause__ or error
             raise

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ class WeightReceiver:
         self._lock = threading.Lock()
         self._end: SyncState | None = None
         self._version: int | None = None
+        self._epoch = ""
         self._update_count = 0
         self._last_update_time: float | None = None
         self._error: BaseException | None = None
@@ -171,7 +173,7 @@ class WeightReceiver:
             return ReceiverStatus(
                 state=str(SyncState.TORN if torn else state),
                 version=None if torn else self._version,
-                epoch=self.session.epoch,
+                epoch=self._epoch or self.session.epoch,
                 update_count=self._update_count,
                 last_update_time=self._last_update_time,
                 error=self._error,
@@ -235,6 +237,8 @@ class WeightReceiver:
         except PackedCommError as error:
             if not self.session.lasts:
                 raise
+            # Its frames hold buffers, and status() may hold it for long.
+            traceback.clear_frames(error.__traceback__)
             with self._lock:
                 again = type(self._error) is type(error) is DeadlineExceeded
                 self._error = error
@@ -247,7 +251,7 @@ class WeightReceiver:
             return True
         if result is None:
             return False
-        if on_update is not None:
+        if on_update is not None and self.status().ready:
             on_update(result.version)
         return True
 
@@ -305,7 +309,9 @@ class WeightReceiver:
                     self._version = None
             raise
         self._note(update.version)
-        self.session.reply(Committed(update.version))
+        # It is committed, whether or not the sender hears it; the next call tells if it is lost.
+        with contextlib.suppress(PackedCommError):
+            self.session.reply(Committed(update.version))
         return update
 
     def _end_as(self, state: SyncState) -> None:
@@ -319,6 +325,7 @@ class WeightReceiver:
             with contextlib.suppress(SessionStateError):
                 self.session.phases.enter(SyncState.TORN if torn else SyncState.COMMITTED)
             self._version = None if torn else version
+            self._epoch = self.session.epoch
             self._error = None
             self._update_count += 1
             self._last_update_time = time.time()

@@ -145,7 +145,7 @@ class ReceiverStatus:
     """The last committed version; None before the first one, and while torn."""
 
     epoch: str
-    """Identity of the present session."""
+    """Identity of the session that `version` was committed in; before that, of the present one."""
 
     update_count: int
     """Syncs that were committed."""

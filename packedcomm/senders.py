@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from packedcomm.copying import Part
 from packedcomm.errors import ArgumentError, RemoteError, SessionStateError
 from packedcomm.leading import Leading
 from packedcomm.policy import SyncPolicy
@@ -170,8 +171,13 @@ class FullWeightSender:
         version = self._next_version(version)
         if self.version is None or not self._in_step:
             raise SessionStateError("no_change: the last sync failed, or there was none")
-        if self._leading is not None:
-            self._leading.announce_no_change(version, self.version)
+        if self._leading is None:
+            self._raise_shared()
+        else:
+            self._in_step = False
+            with self._sharing_failure():
+                self._leading.announce_no_change(version, self.version)
+            self._in_step = True
         self.version = version
         return SyncResult(
             version=version,
@@ -184,7 +190,10 @@ class FullWeightSender:
 
     def _next_version(self, version: int | None) -> int:
         if version is None:
-            return 0 if self.version is None else self.version + 1
+            # A version that was decided may be shown somewhere, also where its sync has failed.
+            decided = None if self._leading is None else self._leading.decided_version
+            known = [v for v in (self.version, decided) if v is not None]
+            return max(known) + 1 if known else 0
         if type(version) is not int or not 0 <= version <= _LARGEST_VERSION:
             raise ArgumentError(f"version must be an integer in 0..2^63-1, got {version!r}")
         return version
@@ -195,19 +204,24 @@ class FullWeightSender:
         with self._sharing_failure():
             leading.assemble(seconds)
             leading.agree(snapshot, version, seconds)
-        gathered = iter(()) if snapshot.parts is not None else self.source.gather(snapshot)
+        gathered = self._gathered(snapshot)
         with self._sharing_failure(gathered):
-            leading.move(snapshot, gathered, seconds)
+            leading.move(snapshot, gathered, version, seconds)
             digests = leading.verify(seconds)
             changes = leading.commit(version, seconds)
         return digests, changes
+
+    def _gathered(self, snapshot: Snapshot) -> Iterator[Sequence[Part]]:
+        """The source's parts; nothing is asked of it before the first one is."""
+        if snapshot.parts is None:
+            yield from self.source.gather(snapshot)
 
     @contextlib.contextmanager
     def _sharing_failure(self, gathered: Iterator[Any] = iter(())) -> Iterator[None]:  # noqa: B008
         """Tell the trainer's other processes how the body ended, which waits for their gathers."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             # They are in the middle of the same gathers, which must come to an end.
             with contextlib.suppress(Exception):
                 for _ in gathered:

@@ -37,12 +37,18 @@ class BoundedStore:
     May be used from several threads; calls are run one after the other.
     """
 
-    def __init__(self, open_store: Callable[[], TCPStore], deadline: float) -> None:
+    def __init__(
+        self,
+        open_store: Callable[[], TCPStore],
+        deadline: float,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Open the store.
 
         Args:
             open_store: makes the TCPStore, on the thread.
             deadline: when to give up, by `time.monotonic`.
+            check: called every 50 ms meanwhile; what it raises gives up, too.
 
         Raises:
             TimeoutError: the store wasn't open by the deadline.
@@ -59,7 +65,7 @@ class BoundedStore:
             self._store = open_store()
 
         try:
-            self._call(open_here, max(0.0, deadline - time.monotonic()))
+            self._call(open_here, max(0.0, deadline - time.monotonic()), check)
         except BaseException:
             self.close()
             raise
@@ -88,7 +94,9 @@ class BoundedStore:
         )
 
     @classmethod
-    def join(cls, address: Address, deadline: float) -> BoundedStore:
+    def join(
+        cls, address: Address, deadline: float, check: Callable[[], None] | None = None
+    ) -> BoundedStore:
         """Open a store whose server listens at `address`.
 
         Raises:
@@ -103,6 +111,7 @@ class BoundedStore:
                 use_libuv=False,
             ),
             deadline,
+            check,
         )
 
     def set(self, key: str, value: bytes) -> None:
@@ -144,7 +153,12 @@ class BoundedStore:
         remaining = self._deadline - time.monotonic()
         return self._call(run, min(ANSWER_S, max(LAST_ANSWER_S, remaining)))
 
-    def _call(self, function: Callable[[], Result], timeout_s: float) -> Result:
+    def _call(
+        self,
+        function: Callable[[], Result],
+        timeout_s: float,
+        check: Callable[[], None] | None = None,
+    ) -> Result:
         if self._hung:
             raise TimeoutError("the store has stopped answering")
         finished = threading.Event()
@@ -159,9 +173,18 @@ class BoundedStore:
             finished.set()
 
         self._calls.put(run)
-        if not finished.wait(timeout_s):
-            self._hung = True
-            raise TimeoutError(f"the store has not answered within {timeout_s:.3g} s")
+        end = time.monotonic() + timeout_s
+        while not finished.wait(max(0.0, min(RETRY_S, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._hung = True
+                raise TimeoutError(f"the store has not answered within {timeout_s:.3g} s")
+            if check is not None:
+                try:
+                    check()
+                except BaseException:
+                    # Its thread is left to end with the connection.
+                    self._hung = True
+                    raise
         if errors:
             raise errors[0]
         return results[0]
@@ -184,7 +207,9 @@ class BoundedStore:
         self._store = None
 
 
-def wait_for_server(address: Address, deadline: float) -> tuple[str, str]:
+def wait_for_server(
+    address: Address, deadline: float, check: Callable[[], None] | None = None
+) -> tuple[str, str]:
     """Return once something accepts connections at `address`.
 
     TCPStore would wait too, but overruns its timeout and prints a stack trace for every attempt.
@@ -192,10 +217,17 @@ def wait_for_server(address: Address, deadline: float) -> tuple[str, str]:
     Returns:
         The IP addresses of this end and of the other end.
 
+    Args:
+        address: where.
+        deadline: by `time.monotonic`.
+        check: called between attempts; what it raises ends the wait.
+
     Raises:
         TimeoutError: nothing did by the deadline; the message has the last reason.
     """
     while True:
+        if check is not None:
+            check()
         remaining = deadline - time.monotonic()
         try:
             target = (address.host, address.port)

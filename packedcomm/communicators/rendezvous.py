@@ -275,8 +275,12 @@ class Rendezvous:
         )
 
     def _join(self) -> BoundedStore:
-        self.local_host, self._reached = wait_for_server(self.address, self.deadline)
-        return BoundedStore.join(Address(self._reached, self.address.port), self.deadline)
+        self.local_host, self._reached = wait_for_server(
+            self.address, self.deadline, self._also_check
+        )
+        return BoundedStore.join(
+            Address(self._reached, self.address.port), self.deadline, self._also_check
+        )
 
     def _listener(self, address: str | Listener) -> Listener:
         if isinstance(address, Listener):

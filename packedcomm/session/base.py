@@ -94,7 +94,7 @@ class SessionEnd(abc.ABC):
         self._communicator: Communicator | None = None
         self._transport: Transport | None = None
         self._ended: str | None = None
-        self._ending = threading.Lock()
+        self._ending = threading.RLock()
         self._closed = False
         # Held by whichever thread takes what has come, so that the order of messages is kept.
         self._pumping = threading.Lock()
@@ -154,6 +154,9 @@ class SessionEnd(abc.ABC):
     def _give_more_time(self, seconds: float) -> None:
         """Let the silence of peers count from so much later."""
 
+    def _tell_interrupted(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
+        """Tell everybody why the transfer is over, off the thread that may be blocked."""
+
     def _give_up_silent_peers(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
         """A deadline has passed: whoever hasn't been heard lately is the reason."""
 
@@ -176,8 +179,11 @@ class SessionEnd(abc.ABC):
         if self._ended is not None or phase.state is not SyncState.MOVING:
             return
         trouble = trouble or self._trouble(phase)
+        # Before the phase is marked: its thread may have another one soon.
+        communicator = self._communicator
         if trouble is not None and self.phases.interrupt(phase, trouble):
-            self._release_communicator(str(trouble))
+            self._tell_interrupted(trouble)
+            self._release(communicator, str(trouble))
 
     def _trouble(self, phase: Phase) -> PackedCommError | None:
         """Why a transfer can't come to its end, although nobody has said so."""
@@ -187,18 +193,17 @@ class SessionEnd(abc.ABC):
         found: PackedCommError | None = self.phases.overdue(phase, ", ".join(waited_for))
         if found is not None:
             self._give_up_silent_peers(found)
-        elif self._communicator is not None:
+        elif (communicator := self._communicator) is not None:
             try:
-                self._communicator.check()
+                communicator.check()
             except SessionStateError:
                 pass  # somebody else is ending it
             except PackedCommError as error:
                 found = error
         return found
 
-    def _release_communicator(self, reason: str) -> None:
+    def _release(self, communicator: Communicator | None, reason: str) -> None:
         """Let go whoever is blocked in the communicator, off the thread that is."""
-        communicator = self._communicator
         if communicator is not None:
             try:
                 communicator.abort(reason)
@@ -283,8 +288,8 @@ class SessionEnd(abc.ABC):
             self._ended = f"aborted: {reason}"
         self._enter_end(SyncState.FAILED)
         self._say_to_all(Close(f"aborted: {reason}"[:4000], in_order=False))
-        if self._communicator is not None:
-            self._communicator.abort(reason)
+        if (communicator := self._communicator) is not None:
+            communicator.abort(reason)
 
     def close(self) -> None:
         """Leave the session, tell the other side, and release everything. Idempotent."""
@@ -296,9 +301,9 @@ class SessionEnd(abc.ABC):
             self._ended = self._ended or "the session is closed"
         with contextlib.ExitStack() as stack:
             stack.callback(self._channel.close)
-            if self._communicator is not None:
-                stack.callback(self._communicator.close)
-                stack.callback(release_buffers, self._communicator)
+            if (communicator := self._communicator) is not None:
+                stack.callback(communicator.close)
+                stack.callback(release_buffers, communicator)
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)
             if in_order:

@@ -50,7 +50,8 @@ class Channel:
     def __init__(self, kind: int, settings: Settings) -> None:
         """Make the socket; binding or connecting it follows."""
         self.settings = settings
-        self._lock = threading.Lock()
+        # A signal handler may say the last words in the middle of a poll.
+        self._lock = threading.RLock()
         self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: Any = self._context.socket(kind)

@@ -56,7 +56,7 @@ class Dialogue(SessionEnd):
         # failure from before a `Cancel` are of no interest any more.
         self._number = 0
         self._cancelled = 0
-        self._saying = threading.Lock()
+        self._saying = threading.RLock()
 
     @abc.abstractmethod
     def _first_wait(self) -> None:
@@ -287,6 +287,9 @@ class Dialogue(SessionEnd):
             for member in self.members.present:
                 if not self._channel.send(member.peer, frame):
                     member.disconnect(self._during())
+
+    def _tell_interrupted(self, error: PackedCommError) -> None:
+        self.cancel(error)
 
     def _give_up_silent_peers(self, error: PackedCommError) -> None:
         for member in self._silent():

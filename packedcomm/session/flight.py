@@ -36,7 +36,7 @@ class FlightRecord:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._events: deque[dict[str, Any]] = deque(maxlen=settings.flight_record_events)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._written: Path | None = None
 
     def note(self, event: str, **details: Any) -> None:

@@ -7,12 +7,16 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost
+from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost, ProtocolError
 from packedcomm.session.messages import Beat, Close, Failure, Hello, Message
 from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import SyncState
 
 __all__ = ["Member", "Members"]
+
+
+# Messages of a receiver that wait to be looked at; it has no reason for more than a few.
+MOST_MESSAGES = 64
 
 
 class Member:
@@ -55,6 +59,8 @@ class Member:
             self.give_up(PeerLost(f"{self.name}: it has left the session: {message.reason}"))
         elif isinstance(message, Failure) and message.ended:
             self.give_up(remote_error(message, self.name))
+        elif len(self.inbox) >= MOST_MESSAGES:
+            self.give_up(ProtocolError(f"{self.name}: it says too much without being asked"))
         else:
             self.inbox.append((number, message))
 
@@ -125,11 +131,14 @@ class Members:
         """The member with this connection."""
         return self._by_peer.get(peer)
 
-    def add(self, peer: bytes, hello: Hello) -> Member:
-        """Take a receiver in, at the last rank."""
-        member = Member(len(self.present) + 1, peer, hello)
-        self._by_peer[peer] = member
-        return member
+    @property
+    def next_rank(self) -> int:
+        """The rank of whoever comes next, until all are numbered anew."""
+        return max((member.rank for member in self), default=0) + 1
+
+    def add(self, member: Member) -> None:
+        """Take a receiver in."""
+        self._by_peer[member.peer] = member
 
     @property
     def present(self) -> list[Member]:

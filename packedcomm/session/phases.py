@@ -46,7 +46,7 @@ class Phases:
     def __init__(self, who: str, flight: FlightRecord) -> None:
         self._who = who
         self._flight = flight
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._present = Phase(SyncState.IDLE)
         self._rest = SyncState.IDLE
         self._interruption: PackedCommError | None = None

@@ -286,7 +286,7 @@ class ReceiverSession(SessionEnd):
             deadline = deadline_after(self.settings.connect_timeout_s)
             self._adopt(self._warm_up(self._connect(message, deadline), deadline))
             self.reply(Connected())
-        except PackedCommError as error:
+        except BaseException as error:
             cause = self.phases.interruption or self._failed()
             if cause is None:
                 self.fail(error, ended=isinstance(error, ContextLost))
@@ -304,6 +304,8 @@ class ReceiverSession(SessionEnd):
                     f"{self.settings.agree_timeout_s:.3g} s: another receiver may be busy"
                 )
             self._pump(deadline - time.monotonic())
+        # What else has come may take it back.
+        self._check_failure()
         if isinstance(self._inbox[0][1], Connect):
             self._number, message = self._inbox.popleft()
             assert isinstance(message, Connect)

@@ -16,11 +16,12 @@ from packedcomm.communicators import (
     NcclCommunicator,
 )
 from packedcomm.communicators.listener import Address, closing_on_error
-from packedcomm.errors import PackedCommError, PeerLost, RendezvousTimeout
+from packedcomm.errors import CapacityError, PackedCommError, PeerLost, RendezvousTimeout
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import agreement
 from packedcomm.session.dialogue import Dialogue
 from packedcomm.session.frames import encode
+from packedcomm.session.members import Member
 from packedcomm.session.messages import (
     Assemble,
     Close,
@@ -38,9 +39,11 @@ from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings
 
-__all__ = ["SenderSession"]
+__all__ = ["MOST_RECEIVERS", "SenderSession"]
 
 logger = logging.getLogger("packedcomm")
+
+MOST_RECEIVERS = 1 << 16
 
 
 class SenderSession(Dialogue):
@@ -75,6 +78,8 @@ class SenderSession(Dialogue):
         self.committed_generation = 0
         """Generation of the communicator over which the last sync was committed."""
         self._first = receivers
+        # Whether there has been a communicator of all that were waited for.
+        self._begun = False
         self._syncs = 0
         self._hello: Hello | None = None
         self._misfit: PackedCommError | None = None
@@ -119,7 +124,7 @@ class SenderSession(Dialogue):
             SessionStateError: the session is closed or was aborted.
         """
         self._check_open("wait")
-        if self.generation == 0:
+        if not self._begun:
             try:
                 self._begin(receivers or self._first)
             except BaseException as error:
@@ -139,15 +144,15 @@ class SenderSession(Dialogue):
         """Connect the first communicator. A receiver that dies before is not missed yet: another
         may come in its place."""
         deadline = deadline_after(self.settings.connect_timeout_s)
-        while True:
+        while not self._begun:
+            self.members.take_out_gone()
             self._await_members(wanted, deadline)
             try:
                 self._assemble()
+                self._begun = True
             except PeerLost:
                 if time.monotonic() >= deadline:
                     raise
-            else:
-                return
 
     def assemble(self) -> float:
         """Make sure that the communicator connects exactly the receivers that are there.
@@ -176,7 +181,8 @@ class SenderSession(Dialogue):
             logger.warning("%s: goes on without %s: %s", self.epoch[:8], member.name, member.lost)
         if len(self.members.connected) + 1 != self.world_size:
             self.drop_communicator("the members of the session have changed")
-        untold = {m.rank: m.lost for m in gone if m.lost is not None and not m.reported}
+        # Whoever came and went before a sync could be missed is no loss.
+        untold = {m.rank: m.lost for m in gone if m.lost and m.connected and not m.reported}
         if untold:
             raise combined(untold)
 
@@ -184,7 +190,7 @@ class SenderSession(Dialogue):
         begin = time.monotonic()
         while len(self.members.present) < wanted:
             self._check_open("wait")
-            if self._misfit is not None and self.generation == 0:
+            if self._misfit is not None and not self._begun:
                 raise self._misfit
             now = time.monotonic()
             if now >= deadline:
@@ -194,7 +200,7 @@ class SenderSession(Dialogue):
                 )
             self._pump(deadline - now)
             # Before the first sync nobody is missed: it may come again, or another in its place.
-            if self.generation == 0:
+            if not self._begun:
                 self.members.take_out_gone()
 
     def _assemble(self) -> float:
@@ -202,7 +208,7 @@ class SenderSession(Dialogue):
         begin = time.monotonic()
         try:
             self.drop_communicator("the members of the session have changed")
-            if self.generation == 0:
+            if not self._begun:
                 self.members.take_out_gone()
             self.members.rank_anew()
             members = list(self.members)
@@ -254,19 +260,23 @@ class SenderSession(Dialogue):
         self._syncs += 1
         return self._syncs
 
-    def fail_sync(self, error: BaseException, *, transport_too: bool = True) -> None:
+    def fail_sync(
+        self, error: BaseException, *, transport_too: bool = True, decided: bool = False
+    ) -> None:
         """After a sync has failed: tell everybody, write the flight record, and be ready for the
         next one.
 
         Args:
             error: what has failed.
             transport_too: whether the communicator can't be used again.
+            decided: whether the receivers have been told to commit, which can't be taken back.
 
         Raises:
             ContextLost: the communicator can't be given up.
         """
+        if not decided:
+            self.cancel(error)
         self.record_failure(error)
-        self.cancel(error)
         self._note_reported(error)
         if transport_too:
             self.drop_communicator(f"{type(error).__name__}: {error}")
@@ -281,16 +291,18 @@ class SenderSession(Dialogue):
         if not isinstance(hello, Hello):
             return  # the last words of somebody who was dropped
         try:
+            if len(self.members) >= MOST_RECEIVERS:
+                raise CapacityError(f"the session has {MOST_RECEIVERS:,} receivers already")
             if self._hello is None:
                 self._hello = agreement.own_hello(self.device, self.settings)
-            transport = agreement.agreed_transport(self._hello, hello, len(self.members) + 1)
+            transport = agreement.agreed_transport(self._hello, hello, self.members.next_rank)
         except PackedCommError as error:
             logger.warning("session %s refuses a receiver: %s", self.epoch[:8], error)
             self._misfit = error
             self._refuse(peer, error)
             return
         self._transport = transport
-        member = self.members.add(peer, hello)
+        member = Member(self.members.next_rank, peer, hello)
         self.flight.note("receiver came", **member.as_dict())
         welcome = Welcome(
             epoch=self.epoch,
@@ -301,5 +313,6 @@ class SenderSession(Dialogue):
             buffer_size_bytes=self.buffer_size_bytes,
             decided=self.decided,
         )
-        if not self._channel.send(peer, encode(welcome, 0, self.settings)):
-            member.disconnect("")
+        # Only then it may be asked anything.
+        if self._channel.send(peer, encode(welcome, 0, self.settings)):
+            self.members.add(member)

@@ -10,12 +10,10 @@ from packedcomm.errors import ArgumentError
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session.agreement import choose_device
 from packedcomm.session.receiver import ReceiverSession
-from packedcomm.session.sender import SenderSession
+from packedcomm.session.sender import MOST_RECEIVERS, SenderSession
 from packedcomm.settings import DEFAULTS, Settings
 
 __all__ = ["Session"]
-
-MOST_RECEIVERS = 1 << 16
 
 
 class Session:
