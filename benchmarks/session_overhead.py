@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(record, indent=2))
     if arguments.out is not None:
-        name = f"session-overhead-{arguments.device}-{arguments.receivers}.json"
+        cores = record["machine"]["cores"]
+        name = f"session-overhead-{arguments.device}-{cores}cores-{arguments.receivers}.json"
         (arguments.out / name).write_text(json.dumps(record, indent=2) + "\n")
     return 1 if wrong or overhead > _MOST_US else 0
 
