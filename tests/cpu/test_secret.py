@@ -149,10 +149,8 @@ def _met(ours: dict, theirs: dict):
             target=_connect, args=(sender.address, outcome), kwargs=theirs, daemon=True
         )
         thread.start()
-        with suppress(packedcomm.PackedCommError):
-            sender.wait()
-        description = f"{sender.describe()} {sender!r} {vars(sender)}"
         thread.join(30)
+        description = f"{sender.describe()} {sender!r} {vars(sender)}"
     return outcome[0], description
 
 
