@@ -147,16 +147,19 @@ class Batch:
                 transfer.wait_out()
 
 
-# Threads that nobody has stopped. A daemon thread that is still there when the interpreter ends can
-# take the whole process down from inside torch, so they are stopped before.
-_RUNNING: weakref.WeakSet[TransferThread] = weakref.WeakSet()
+# Threads that haven't ended, and what lets them. A daemon thread that is still inside torch when the
+# interpreter ends takes the whole process down, so they are waited for before: also the one of a
+# communicator that was forgotten a moment ago.
+_RUNNING: dict[threading.Thread, queue.SimpleQueue[Batch | None]] = {}
 
 AT_EXIT_S = 1.0
 
 
 def _stop_all() -> None:
+    for batches in list(_RUNNING.values()):
+        batches.put(None)
     for thread in list(_RUNNING):
-        thread.stop(AT_EXIT_S)
+        thread.join(AT_EXIT_S)
 
 
 atexit.register(_stop_all)
@@ -183,8 +186,10 @@ class TransferThread:
         self._thread = threading.Thread(
             target=self._run, args=(group,), name="packedcomm-gloo", daemon=True
         )
+        for ended in [thread for thread in list(_RUNNING) if not thread.is_alive()]:
+            _RUNNING.pop(ended, None)
         self._thread.start()
-        _RUNNING.add(self)
+        _RUNNING[self._thread] = self._batches
 
     def start(self, transfers: Sequence[Transfer]) -> Batch:
         """Start transfers together."""
