@@ -125,6 +125,7 @@ class Following:
         self._held: dict[str, Held] = {}
         self._changes = ChangeCount()
         self._torn: set[str] = set()
+        self._torn_before: frozenset[str] = frozenset()
         self._doubt: Doubt | None = None
         self.cancelled = False
         """Whether the last failure was the sender's, who needn't be told then."""
@@ -172,6 +173,8 @@ class Following:
             session.record_failure(cause or error)
             try:
                 if session.state is SyncState.MOVING:
+                    if session.untouched:
+                        self._torn = set(self._torn_before)
                     # Not used again: only the sender knows whether every rank has come to its end.
                     session.drop_communicator(f"{type(error).__name__}: {error}")
             except ContextLost as lost:
@@ -230,16 +233,17 @@ class Following:
                 ready = Ready(verify, self._hold(manifest, plan) if new else None)
                 session.phases.enter(SyncState.AGREED)
                 session.reply(ready)
-                while isinstance(again := self._expect("agree", 0, Proceed, Offer), Offer):
-                    # Another receiver needed the manifest, so all are asked once more.
-                    if again.digest != offer.digest:
-                        raise ProtocolError("the sender offers something else meanwhile")
-                    session.reply(ready)
+                if not offer.at_once:
+                    self._expect("agree", 0, Proceed)
             memory = self._held[manifest.digest].memory if verify else None
             allowed = session.settings.move_seconds(manifest.nbytes)
+            if offer.at_once:
+                # Others may still be asked.
+                allowed += session.settings.agree_timeout_s
             session.chunk = 0
             session.phases.enter(SyncState.MOVING, allowed)
             group.set_timeout(allowed)
+            self._torn_before = frozenset(self._torn)
             if shown is None and not staged:
                 # Old weights are overwritten from here on.
                 self._torn.update(manifest.by_name)

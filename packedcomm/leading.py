@@ -6,7 +6,8 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -94,6 +95,7 @@ class Leading:
         self._votes: list[Staged] = []
         self._number = 0
         self._nbytes = 0
+        self._at_once = False
         self.decided_version: int | None = None
         """The version of the last sync that was decided to be committed."""
         self.verified = False
@@ -110,6 +112,7 @@ class Leading:
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest."""
         session = self._session
+        self._at_once = False
         with measured(seconds, "agree"), self._failing(transport_too=False):
             manifest = snapshot.manifest
             digest = manifest.digest
@@ -118,29 +121,43 @@ class Leading:
                 self._generation = session.generation
                 self._held.clear()
                 self._agreed.clear()
-            text = "" if digest in self._agreed else manifest.to_json()
+            known = digest in self._agreed
+            # Where a communicator is soon made anew, whoever has agreed before needn't wait for the
+            # others' word before it waits for the data.
+            self._at_once = known and session.transport == "gloo"
             self._number = session.next_sync()
             self._nbytes = manifest.nbytes
-            replies = self._offer(version, digest, text)
-            if any(isinstance(reply, NeedManifest) for reply in replies):
-                replies = self._offer(version, digest, manifest.to_json())
-            self._remember(digest, _all_of(Ready, replies))
+            offer = self._offer(version, manifest)
+            if not known:
+                offer = replace(offer, manifest=manifest.to_json())
+            self._remember(digest, self._replies(offer, manifest))
             self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
             session.phases.enter(SyncState.AGREED)
 
-    def _offer(self, version: int, digest: str, text: str) -> Sequence[Any]:
-        offer = Offer(
+    def _offer(self, version: int, manifest: Manifest) -> Offer:
+        return Offer(
             version,
-            digest,
-            text,
+            manifest.digest,
             number=self._number,
             buffer_size_bytes=self._session.buffer_size_bytes,
             verify=self._verify,
             statistics=self._statistics,
-            regions_known=digest in self._held,
+            regions_known=manifest.digest in self._held,
+            at_once=self._at_once,
         )
-        # A receiver that has just been given the manifest can't need it again.
-        return self._session.ask(offer, (Ready,) if text else (Ready, NeedManifest))
+
+    def _replies(self, offer: Offer, manifest: Manifest) -> list[Ready]:
+        """What the receivers say to an offer, by rank; who has no manifest is given it."""
+        ask = self._session.ask
+        if offer.manifest:
+            return _all_of(Ready, ask(offer, Ready))
+        replies = ask(offer, (Ready, NeedManifest))
+        needing = [rank for rank, r in enumerate(replies, 1) if isinstance(r, NeedManifest)]
+        if needing:
+            full = replace(offer, manifest=manifest.to_json())
+            for rank, reply in zip(needing, ask(full, Ready, ranks=needing), strict=True):
+                replies[rank - 1] = reply
+        return _all_of(Ready, replies)
 
     def _remember(self, digest: str, replies: Sequence[Ready]) -> None:
         verifying = [reply.verifies for reply in replies]
@@ -186,7 +203,8 @@ class Leading:
                 session.chunk += 1
 
         with self._failing():
-            session.tell(Proceed(version))
+            if not self._at_once:
+                session.tell(Proceed(version))
             allowed = session.settings.move_seconds(self._nbytes)
             session.phases.enter(SyncState.MOVING, allowed)
             session.communicator.set_timeout(allowed)
@@ -212,6 +230,7 @@ class Leading:
                 remaining = max(0.1, session.phases.present.remaining)
                 self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
                 session.phases.enter(SyncState.STAGED)
+                self._at_once = False
             for vote in self._votes:
                 for stage, spent in vote.seconds.items():
                     # The slowest receiver's; of stages that the sender has too, the sender's.
@@ -247,6 +266,17 @@ class Leading:
             session.committed_generation = session.generation
         return combined_changes([vote.changes for vote in self._votes])
 
+    def give_up(self, error: BaseException) -> None:
+        """After a failure when all had agreed and nothing had been sent yet; at other times nothing
+        happens.
+
+        Raises:
+            ContextLost: the communicator can't be given up.
+        """
+        if self._session.state is SyncState.AGREED:
+            self._session.fail_sync(error, transport_too=self._at_once)
+            self._at_once = False
+
     def announce_no_change(self, version: int, since: int) -> None:
         """Let every receiver show a version without data, of the weights of version `since`."""
         self._session.wait()
@@ -273,7 +303,8 @@ class Leading:
         except BaseException as error:
             cause = await_cause(error, session.failure) if transport_too else None
             # A receiver that agrees but has no communicator tells that this end's is of no use.
-            useless = transport_too or isinstance(error, SessionStateError)
+            useless = transport_too or self._at_once or isinstance(error, SessionStateError)
+            self._at_once = False
             decided = session.decided == self._number
             session.fail_sync(cause or error, transport_too=useless, decided=decided)
             if cause is not None and cause is not error:

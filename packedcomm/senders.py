@@ -201,9 +201,13 @@ class FullWeightSender:
     def _lead(
         self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
-        with self._sharing_failure():
-            leading.assemble(seconds)
-            leading.agree(snapshot, version, seconds)
+        try:
+            with self._sharing_failure():
+                leading.assemble(seconds)
+                leading.agree(snapshot, version, seconds)
+        except BaseException as error:
+            leading.give_up(error)
+            raise
         gathered = self._gathered(snapshot)
         with self._sharing_failure(gathered):
             leading.move(snapshot, gathered, version, seconds)

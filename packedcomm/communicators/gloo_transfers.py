@@ -147,9 +147,9 @@ class Batch:
                 transfer.wait_out()
 
 
-# Threads that haven't ended, and what lets them. A daemon thread that is still inside torch when the
-# interpreter ends takes the whole process down, so they are waited for before: also the one of a
-# communicator that was forgotten a moment ago.
+# Threads that haven't ended, and what lets them. A daemon thread that is still inside torch when
+# the interpreter ends takes the whole process down, so they are waited for before: also the one of
+# a communicator that was forgotten a moment ago.
 _RUNNING: dict[threading.Thread, queue.SimpleQueue[Batch | None]] = {}
 
 AT_EXIT_S = 1.0

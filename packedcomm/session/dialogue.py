@@ -6,7 +6,7 @@ import abc
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from packedcomm.session.messages import Beat, Cancel, Failure, Hello, Message, R
 from packedcomm.session.phases import deadline_after
 from packedcomm.session.remote_errors import combined, described, remote_error
 from packedcomm.session.sender_channel import SenderChannel
-from packedcomm.session.states import SyncState
+from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.settings import Settings
 
 __all__ = ["Dialogue"]
@@ -71,6 +71,8 @@ class Dialogue(SessionEnd):
         message: Message | Sequence[Message],
         expect: type[Message] | tuple[type[Message], ...],
         timeout_s: float | None = None,
+        *,
+        ranks: Container[int] | None = None,
     ) -> list[Message]:
         """Say something to every receiver and wait for all answers.
 
@@ -78,6 +80,7 @@ class Dialogue(SessionEnd):
             message: the question; or one for each receiver, in the order of their ranks.
             expect: the kind of answer, or several.
             timeout_s: deadline in seconds; None is `Settings.agree_timeout_s`.
+            ranks: who is asked; None is everybody.
 
         Returns:
             The answers, in the order of the ranks.
@@ -90,16 +93,19 @@ class Dialogue(SessionEnd):
         gone = {m.rank: m.lost for m in self.members.connected if m.lost is not None}
         if gone:
             raise self._reported(gone)
-        self.tell(message)
-        return self.answers(expect, _name(message), timeout_s)
+        self._check_open(_name(message))
+        self._say(message, ranks)
+        return self.answers(expect, _name(message), timeout_s, ranks=ranks)
 
     def answers(
         self,
         expect: type[Message] | tuple[type[Message], ...],
         what: str,
         timeout_s: float | None = None,
+        *,
+        ranks: Container[int] | None = None,
     ) -> list[Message]:
-        """Wait for every receiver's answer to the last message.
+        """Wait for every receiver's answer to the last message that it was sent.
 
         Except while data moves a receiver's failure doesn't cut the wait for the others short, so
         that none of them is in the middle of something when this raises.
@@ -107,7 +113,7 @@ class Dialogue(SessionEnd):
         Args:
             expect: the kind of answer, or several.
             what: what was asked, for messages.
-            timeout_s: as for `ask`.
+            timeout_s, ranks: as for `ask`.
 
         Raises:
             PackedCommError: a receiver failed: the same class as there if it is one of
@@ -120,7 +126,7 @@ class Dialogue(SessionEnd):
         """
         seconds = self.settings.agree_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
-        members = self.members.connected
+        members = self._members(ranks)
         failures: dict[int, PackedCommError] = {}
         found: dict[int, Message] = {}
         cut_at: float | None = None
@@ -180,8 +186,9 @@ class Dialogue(SessionEnd):
         """
         if self._ended is not None:
             return
+        untouched = self.state in AT_REST or self.state is SyncState.AGREED
         with contextlib.suppress(PackedCommError):
-            self._cancelled = self._say(Cancel(*described(error)))
+            self._cancelled = self._say(Cancel(*described(error), untouched))
 
     def known_failure(self) -> PackedCommError | None:
         """As `failure`, of what has come already."""
@@ -206,9 +213,16 @@ class Dialogue(SessionEnd):
             if member.lost is not None and str(member.lost) in str(error):
                 member.reported = True
 
-    def _say(self, message: Message | Sequence[Message]) -> int:
-        """Send to every member with a place; returns the number that answers will have."""
+    def _members(self, ranks: Container[int] | None) -> list[Member]:
+        """Those with a place, all of them or some."""
         members = self.members.connected
+        return members if ranks is None else [m for m in members if m.rank in ranks]
+
+    def _say(
+        self, message: Message | Sequence[Message], ranks: Container[int] | None = None
+    ) -> int:
+        """Send to members with a place; returns the number that answers will have."""
+        members = self._members(ranks)
         messages = [message] * len(members) if isinstance(message, Message) else list(message)
         if len(messages) != len(members):
             raise ArgumentError(f"{len(messages)} messages for {len(members)} receivers")
@@ -219,6 +233,7 @@ class Dialogue(SessionEnd):
                 # One message to all is one frame: with a manifest it has megabytes.
                 if id(said) not in frames:
                     frames[id(said)] = encode(said, self._number, self.settings)
+                member.asked = self._number
                 if member.lost is None and not self._channel.send(member.peer, frames[id(said)]):
                     member.disconnect(self._during())
             return self._number
@@ -261,7 +276,7 @@ class Dialogue(SessionEnd):
             if isinstance(message, Failure):
                 if number >= self._cancelled:
                     return remote_error(message, member.name)
-            elif number == self._number:
+            elif number == member.asked:
                 if isinstance(message, expect):
                     return message
                 return ProtocolError(

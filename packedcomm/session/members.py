@@ -30,6 +30,8 @@ class Member:
         self.heard = time.monotonic()
         self.state = SyncState.IDLE
         self.waits_for = ""
+        self.asked = 0
+        """Number of the last message that was sent to it, which an answer repeats."""
         self.connected = False
         """Whether it has a place in the present communicator."""
         self.lost: PackedCommError | None = None

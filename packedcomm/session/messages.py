@@ -220,6 +220,9 @@ class Offer(Message):
     regions_known: Annotated[bool, flag] = False
     """Whether the sender knows what every receiver holds of this manifest."""
 
+    at_once: Annotated[bool, flag] = False
+    """Whether the data follows when all are ready, without `Proceed`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
@@ -312,6 +315,9 @@ class Cancel(Message):
 
     text: LongText
     traceback: LongText = ""
+
+    untouched: Annotated[bool, flag] = False
+    """Whether no data was sent, so that whoever was waiting for it has the old weights."""
 
 
 @dataclass(frozen=True, slots=True)

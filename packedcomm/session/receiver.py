@@ -201,6 +201,11 @@ class ReceiverSession(SessionEnd):
             return PeerLost(f"{self._whom()} has ended the connection{self._during()}")
         return self._silent()
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the sender has given up what this end waits for before it sent any data."""
+        return any(isinstance(m, Cancel) and m.untouched for _, m in list(self._inbox))
+
     def _silent(self) -> DeadlineExceeded | None:
         silence = time.monotonic() - self._heard
         if silence <= self.settings.heartbeat_timeout_s:

@@ -108,6 +108,7 @@ messages = st.one_of(
         st.sampled_from(["always", "staged", "never"]),
         st.booleans(),
         st.booleans(),
+        st.booleans(),
     ),
     st.builds(Proceed, versions),
     st.builds(Ready, st.booleans(), st.none() | st.lists(regions, max_size=20).map(tuple)),
@@ -116,7 +117,7 @@ messages = st.one_of(
     st.builds(Staged, seconds, digest_bytes, changes),
     st.builds(Commit, versions),
     st.builds(Committed, versions),
-    st.builds(Cancel, kinds, texts, texts),
+    st.builds(Cancel, kinds, texts, texts, st.booleans()),
     st.builds(Failure, kinds, texts, texts, st.booleans()),
     st.builds(Beat, states, texts),
     st.builds(Close, texts, st.booleans()),
@@ -258,7 +259,7 @@ def _wire(name: str, *values: object) -> bytes:
 _REGION = [0, [0], [4], "float32", 1.0]
 _HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1]]
 _WELCOME = ["e", 1, 2, "gloo", "native", 1, 0]
-_OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True]
+_OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True, False]
 
 
 def _with(values: list[object], index: int, value: object) -> list[object]:

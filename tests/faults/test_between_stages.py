@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from packedcomm import FullWeightSender, ModuleSource, Session, TensorTarget, WeightReceiver
-from packedcomm.errors import PackedCommError, PeerLost, SessionStateError
+from packedcomm.errors import ManifestError, PackedCommError, PeerLost, SessionStateError
 from packedcomm.session.messages import Committed
 from tests.helpers.in_process import Round, join, sessions
 from tests.helpers.sessions import QUICK
@@ -42,6 +42,78 @@ def test_a_gather_that_cannot_begin_costs_one_sync():
         assert "no gather" in str(failed.received[0])
         assert time.monotonic() - begin < 5
         assert Round(FullWeightSender(weights(2.0), session).sync, [receiver]).sent.version == 0
+
+
+class Unshareable(ModuleSource):
+    """A source of a trainer whose other processes fail when all receivers have agreed."""
+
+    failing = False
+
+    def share(self, failure):
+        if self.failing and failure is None:
+            raise ZeroDivisionError("no other process")
+        return failure
+
+
+@pytest.mark.fault(9)
+def test_a_trainer_that_fails_after_the_agreement_costs_one_sync():
+    live = [weights(0.0), weights(0.0)]
+    with sessions(2) as (session, ends):
+        receivers = [WeightReceiver(TensorTarget(w), e) for w, e in zip(live, ends, strict=True)]
+        source = Unshareable(weights(1.0))
+        sender = FullWeightSender(source, session)
+        assert Round(sender.sync, receivers).sent.version == 0
+        source.failing = True
+        begin = time.monotonic()
+        failed = Round(sender.sync, receivers)
+        assert isinstance(failed.sent, ZeroDivisionError)
+        assert all("no other process" in str(error) for error in failed.received)
+        assert time.monotonic() - begin < 5
+        # No data was sent: nothing is torn.
+        assert [r.status().version for r in receivers] == [0, 0]
+        source.failing = False
+        assert Round(sender.sync, receivers).sent.version == 1
+
+
+@pytest.mark.fault(9)
+def test_a_receiver_that_refuses_what_it_took_before_costs_nobody_the_weights():
+    with sessions(2) as (session, (first, second)):
+        live = weights(0.0)
+        receivers = [
+            WeightReceiver(TensorTarget(live), first),
+            WeightReceiver(TensorTarget(weights(0.0)), second),
+        ]
+        sender = FullWeightSender(weights(1.0), session)
+        assert Round(sender.sync, receivers).sent.version == 0
+        # The first waits for the data by the time that the second says no.
+        receivers[1] = WeightReceiver(TensorTarget({"a": torch.zeros(3)}), second)
+        failed = Round(sender.sync, receivers)
+        assert isinstance(failed.sent, ManifestError)
+        assert all(isinstance(error, ManifestError) for error in failed.received)
+        assert receivers[0].status().version == 0
+        assert float(live["a"][0]) == 1.0
+        receivers[1] = WeightReceiver(TensorTarget(weights(0.0)), second)
+        assert Round(sender.sync, receivers).sent.version == 1
+
+
+def test_a_receiver_made_anew_is_given_the_manifest_while_the_others_wait():
+    live = [weights(0.0), weights(0.0)]
+    with sessions(2) as (session, (first, second)):
+        receivers = [
+            WeightReceiver(TensorTarget(live[0]), first),
+            WeightReceiver(TensorTarget(live[1]), second),
+        ]
+        sent = weights(0.5)
+        sender = FullWeightSender(sent, session, verify=True)
+        assert Round(sender.sync, receivers).sent.version == 0
+        generation = session.generation
+        for turn in (1, 2):
+            receivers[1] = WeightReceiver(TensorTarget(live[1]), second)
+            sent["b"].fill_(float(turn))
+            again = Round(sender.sync, receivers)
+            assert (again.sent.version, again.sent.verified) == (turn, True)
+        assert [float(held["b"][0]) for held in live] == [2.0, 2.0]
+        assert session.generation == generation
 
 
 @pytest.mark.fault(20)
@@ -76,6 +148,10 @@ def test_a_receiver_that_comes_and_goes_between_syncs_is_not_missed():
         passing = join(session)
         passing.abort("crashed")
         passing.close()
+        # One that the sender still takes for present when the sync begins is missed by it.
+        deadline = time.monotonic() + 10
+        while len(session.members.present) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert Round(sender.sync, [receiver]).sent.receivers == 1
 
 
