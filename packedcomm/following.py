@@ -75,9 +75,12 @@ class Held:
 class ShownDigests:
     """Wraps a callback: digests of the tensors that it is shown, by name."""
 
-    def __init__(self, version: int, callback: Callable[..., Any]) -> None:
+    def __init__(
+        self, version: int, callback: Callable[..., Any], on_shown: Callable[[list[str]], None]
+    ) -> None:
         self._version = version
         self._callback = callback
+        self._on_shown = on_shown
         self._found: list[tuple[list[str], torch.Tensor]] = []
         self.digesting = False
 
@@ -86,6 +89,9 @@ class ShownDigests:
             tensors = [tensor for _, tensor in items]
             plan = DigestPlan(tensors, blocks=digest_blocks(tensors[0].device) if tensors else 0)
             self._found.append(([name for name, _ in items], plan.run()))
+        # What the callback makes of it can't be known: until the commit it may be part of two
+        # versions.
+        self._on_shown([name for name, _ in items])
         self._callback(self._version, items)
 
     def take(self, manifest: Manifest) -> torch.Tensor:
@@ -209,7 +215,7 @@ class Following:
         staged = isinstance(target, StagedTarget)
         verify = offer.verify == "always" or (offer.verify == "staged" and staged)
         if not is_target(target):
-            target = shown = ShownDigests(offer.version, target)
+            target = shown = ShownDigests(offer.version, target, self._torn.update)
             shown.digesting = verify
         if offer.statistics and not staged:
             raise ArgumentError(
@@ -366,7 +372,7 @@ class Following:
             raise remote_error(message, "cancelled by the sender")
         if isinstance(message, Close):
             self.cancelled = True
-            raise PeerLost(f"the sender has left the session: {message.reason}")
+            raise PeerLost(f"the sender has ended the session here: {message.reason}")
         if not isinstance(message, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ProtocolError(f"the sender sent {type(message).__name__}, expected {expected}")

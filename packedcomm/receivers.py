@@ -151,8 +151,8 @@ class WeightReceiver:
         sender; the thread goes on for as long as the session does. Other errors end it.
 
         Args:
-            on_update: called there with the version after each commit. What it raises ends the
-                receiver.
+            on_update: called there with the version, an integer, after each commit. What it raises
+                ends the receiver.
 
         Raises:
             SessionStateError: it was started already, or is closed.
@@ -168,7 +168,10 @@ class WeightReceiver:
     def status(self) -> ReceiverStatus:
         """The receiver at this moment. Any thread may ask."""
         with self._lock:
+            connected = self._end is None and self.session.lasts
             state = self._end or self.session.state
+            if not connected and state not in AT_END:
+                state = SyncState.FAILED
             torn = self._following.torn and state in AT_REST | AT_END
             return ReceiverStatus(
                 state=str(SyncState.TORN if torn else state),
@@ -177,6 +180,7 @@ class WeightReceiver:
                 update_count=self._update_count,
                 last_update_time=self._last_update_time,
                 error=self._error,
+                connected=connected,
             )
 
     def close(self) -> None:
@@ -280,7 +284,7 @@ class WeightReceiver:
                 return None
             case Close():
                 self._end_as(SyncState.FAILED)
-                raise RemoteError(f"the sender has left the session: {message.reason}")
+                raise RemoteError(f"the sender has ended the session here: {message.reason}")
             case NoChange():
                 self._accept_no_change(message)
                 return self._result(Update(message.version), begin)

@@ -156,6 +156,10 @@ class ReceiverStatus:
     error: BaseException | None
     """What the last sync or the receiver failed with; None again after the next commit."""
 
+    connected: bool = True
+    """Whether more can come from the sender; if not, `WeightReceiver.reconnect` with a new session
+    is the way on."""
+
     @property
     def ready(self) -> bool:
         """Whether there are weights of a committed version that may be served. While a sync writes

@@ -187,8 +187,12 @@ class SessionEnd(abc.ABC):
 
     def _trouble(self, phase: Phase) -> PackedCommError | None:
         """Why a transfer can't come to its end, although nobody has said so."""
+        quiet_s = 2 * self.settings.heartbeat_interval_s
         waited_for = [
-            f"{peer['name']} (silent for {peer['silent_s']:.1f} s)" for peer in self._waited_for()
+            f"{peer['name']} (silent for {peer['silent_s']:.1f} s)"
+            if peer["silent_s"] > quiet_s
+            else str(peer["name"])
+            for peer in self._waited_for()
         ] or ["its end"]
         found: PackedCommError | None = self.phases.overdue(phase, ", ".join(waited_for))
         if found is not None:

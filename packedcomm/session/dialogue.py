@@ -127,6 +127,8 @@ class Dialogue(SessionEnd):
         seconds = self.settings.agree_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
         members = self._members(ranks)
+        for member in members:
+            member.awaited = True
         failures: dict[int, PackedCommError] = {}
         found: dict[int, Message] = {}
         cut_at: float | None = None
@@ -138,6 +140,7 @@ class Dialogue(SessionEnd):
                         failures[member.rank] = answer
                     elif answer is not None:
                         found[member.rank] = answer
+                        member.awaited = False
             waiting = [m for m in members if m.rank not in found and m.rank not in failures]
             if not waiting:
                 break
@@ -159,6 +162,9 @@ class Dialogue(SessionEnd):
             self._pump(remaining, soon=True)
         if failures:
             raise self._reported(failures)
+        for member in members:
+            # Until the next question: whatever comes next is awaited from everybody.
+            member.awaited = True
         return [found[rank] for rank in sorted(found)]
 
     def tell(self, message: Message | Sequence[Message]) -> None:
@@ -323,7 +329,8 @@ class Dialogue(SessionEnd):
         members = self.members.connected
         silent = self._silent()
         suspects = [m for m in members if m.lost is not None or m in silent]
-        return [m.as_dict() for m in suspects or [m for m in members if not m.inbox]]
+        late = suspects or [m for m in members if m.awaited and not m.inbox]
+        return [m.as_dict() for m in late]
 
 
 def _name(message: Message | Sequence[Message]) -> str:

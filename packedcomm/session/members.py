@@ -32,6 +32,8 @@ class Member:
         self.waits_for = ""
         self.asked = 0
         """Number of the last message that was sent to it, which an answer repeats."""
+        self.awaited = True
+        """Whether it hasn't answered yet what it was asked last."""
         self.connected = False
         """Whether it has a place in the present communicator."""
         self.lost: PackedCommError | None = None

@@ -150,7 +150,9 @@ class ReceiverSession(SessionEnd):
                 self._join(message)
                 continue
             if self._left is not None:
-                raise SessionStateError(f"receive: the sender has left the session: {self._left}")
+                raise SessionStateError(
+                    f"receive: the sender has ended the session here: {self._left}"
+                )
             if self._channel.lost:
                 raise PeerLost(f"{self._whom()} has ended the connection")
             if self._silent() is not None:
@@ -194,9 +196,9 @@ class ReceiverSession(SessionEnd):
             if isinstance(message, Cancel):
                 return remote_error(message, "cancelled by the sender")
             if isinstance(message, Close):
-                return PeerLost(f"{self._whom()} has left the session: {message.reason}")
+                return PeerLost(f"{self._whom()} has ended the session here: {message.reason}")
         if self._left is not None:
-            return PeerLost(f"{self._whom()} has left the session: {self._left}")
+            return PeerLost(f"{self._whom()} has ended the session here: {self._left}")
         if self._channel.lost:
             return PeerLost(f"{self._whom()} has ended the connection{self._during()}")
         return self._silent()
@@ -273,7 +275,7 @@ class ReceiverSession(SessionEnd):
         if isinstance(message, Refused):
             raise remote_error(message, f"refused by {self._whom()}")
         if isinstance(message, Close):
-            raise PeerLost(f"{self._whom()} has left the session: {message.reason}")
+            raise PeerLost(f"{self._whom()} has ended the session here: {message.reason}")
         if not isinstance(message, Welcome):
             raise ProtocolError(f"{self._whom()} has answered Hello with {type(message).__name__}")
         return message

@@ -176,7 +176,7 @@ class SenderSession(Dialogue):
         gone = self.members.take_out_gone()
         for member in gone:
             # One that was only stopped learns it when it wakes up.
-            farewell = Close(f"the session goes on without it: {member.lost}"[:4000], False)
+            farewell = Close(f"it goes on without this receiver: {member.lost}"[:4000], False)
             self._channel.send(member.peer, encode(farewell, 0, self.settings))
             logger.warning("%s: goes on without %s: %s", self.epoch[:8], member.name, member.lost)
         if len(self.members.connected) + 1 != self.world_size:

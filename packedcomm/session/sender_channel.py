@@ -138,7 +138,9 @@ class SenderChannel(Channel):
             part = receive(zmq.NOBLOCK, copy=False) if peer.more else peer
             frame = part.bytes if part is not peer else b""
             if self._pending:
-                self._pending.pop(part.get(zmq.SRCFD), None)
+                # A peer of an old version of the protocol, or whose bytes look like one, has none.
+                with contextlib.suppress(zmq.ZMQError):
+                    self._pending.pop(part.get(zmq.SRCFD), None)
             while part.more:
                 # Nothing of ours has several parts: dropped as they come, and the frame with them,
                 # by the codec.

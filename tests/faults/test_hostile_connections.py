@@ -10,13 +10,15 @@ import struct
 import threading
 
 import pytest
+import torch
 import zmq
 
-from packedcomm import Session
+from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
 from packedcomm.errors import AuthenticationError
 from packedcomm.session.frames import encode
 from packedcomm.session.messages import Commit, Offer, Staged
 from packedcomm.settings import Settings
+from tests.helpers.in_process import Round, sessions
 from tests.helpers.peers import Receiving, in_place, training
 from tests.helpers.proxies import Proxy
 from tests.helpers.sessions import DIGEST
@@ -254,4 +256,24 @@ def test_a_silent_connection_is_cut_by_the_oldest_first():
             while True:
                 assert silent[-1].recv(64), "the youngest one was cut"
         for stranger in silent:
+            stranger.close()
+
+
+@pytest.mark.fault(30)
+def test_random_bytes_at_the_port_of_a_session_without_a_secret_change_nothing():
+    live = [{"w": torch.zeros(64)}, {"w": torch.zeros(64)}]
+    with sessions(2) as (session, ends):
+        receivers = [WeightReceiver(TensorTarget(w), e) for w, e in zip(live, ends, strict=True)]
+        # Some of them look like the first bytes of an old version of the protocol.
+        strangers = [connection(session.address) for _ in range(150)]
+        for seed, stranger in enumerate(strangers):
+            with contextlib.suppress(OSError):
+                stranger.sendall(random.Random(seed).randbytes(2000))
+        sent = {"w": torch.zeros(64)}
+        sender = FullWeightSender(sent, session)
+        for version in range(20):
+            sent["w"].fill_(version)
+            assert Round(sender.sync, receivers).sent.version == version
+            assert all(bool((held["w"] == version).all()) for held in live)
+        for stranger in strangers:
             stranger.close()

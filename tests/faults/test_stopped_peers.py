@@ -56,7 +56,7 @@ def test_a_stopped_receiver_is_late_not_dead_and_the_others_go_on_without_it(tar
         while outcome.lasts:
             outcome = stopped.outcome()
         assert outcome.error in ("PeerLost", "RemoteError")
-        assert "the session goes on without it" in outcome.text
+        assert "it goes on without this receiver" in outcome.text
         assert outcome.shown == (0 if target is staged else None)
         # It may come again.
         stopped.tell("reconnect", group.session.address)

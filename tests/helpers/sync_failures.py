@@ -139,7 +139,9 @@ def raising_source(rank: int, world_size: int, backend: str, meeting: Meeting) -
         with pytest.raises(RemoteError, match="ZeroDivisionError: of the source"):
             receiver.receive()
         status = receiver.status()
-        assert (status.state, status.version) == ("idle", None)
+        # By now the sender may have left.
+        assert status.state in ("idle", "failed")
+        assert status.version is None
         assert all(bool((t == 1).all()) for t in live.values())
 
 
@@ -227,5 +229,6 @@ def dying_receiver(rank: int, world_size: int, backend: str, meeting: Meeting) -
             begin = time.monotonic()
             with pytest.raises(PackedCommError):
                 receiver.receive()
-            assert receiver.status().version == 0
+            # The callback has been shown some of the next version.
+            assert (receiver.status().state, receiver.status().version) == ("torn", None)
         return time.monotonic() - begin

@@ -135,7 +135,7 @@ def test_a_sender_may_close_before_it_waited():
     _, (message, (kind, text)) = run_ranks(_close_without_waiting, 2, SessionBox(2))
     assert message == Close("closed")
     assert kind is SessionStateError
-    assert "has left the session: closed" in text
+    assert "has ended the session here: closed" in text
 
 
 HOSTILE = {
