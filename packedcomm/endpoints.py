@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from packedcomm.copying import Part
 from packedcomm.manifest import Manifest
 
-__all__ = ["Target", "is_target"]
+__all__ = ["Target", "TargetChooser", "is_target"]
 
 
 @runtime_checkable
@@ -35,6 +35,18 @@ class Target(Protocol):
     def commit(self, manifest: Manifest) -> None:
         """Called when all the data is in the parts, or on a GPU when the current stream is ordered
         after it: do what remains until it counts. What was received is described by `manifest`."""
+
+
+@runtime_checkable
+class TargetChooser(Protocol):
+    """Where received tensors are written depends on what is offered."""
+
+    def choose(self, manifest: Manifest) -> Any:
+        """The target or callback for a manifest; asked once per sync, before it is agreed to.
+
+        Raises:
+            ManifestError: it can't be taken.
+        """
 
 
 def is_target(value: object) -> TypeGuard[Target]:

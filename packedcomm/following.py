@@ -10,7 +10,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.digests import DigestPlan
-from packedcomm.endpoints import is_target
+from packedcomm.endpoints import TargetChooser, is_target
 from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
@@ -120,11 +120,12 @@ class Following:
     """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
 
     Args:
-        target: where the data goes.
+        target: where the data goes: a target, a callback, or a chooser of either.
         session: the session.
     """
 
     def __init__(self, target: Any, session: ReceiverSession) -> None:
+        self._given = target
         self._target = target
         self._session = session
         self._manifests: dict[str, Manifest] = {}
@@ -210,6 +211,9 @@ class Following:
         seconds: dict[str, float] = {}
         with measured(seconds, "agree"):
             manifest, offer = self._manifest(offer)
+        if isinstance(self._given, TargetChooser):
+            with measured(seconds, "agree"):
+                self._target = self._given.choose(manifest)
         target = self._target
         shown = None
         staged = isinstance(target, StagedTarget)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.endpoints import Target, is_target
+from packedcomm.endpoints import Target, TargetChooser, is_target
 from packedcomm.errors import (
     ArgumentError,
     ContextLost,
@@ -26,8 +26,9 @@ from packedcomm.errors import (
 from packedcomm.following import Following, Update
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
-from packedcomm.session.messages import Close, Committed, Message, NoChange, Offer
+from packedcomm.session.messages import Cancel, Close, Committed, Message, NoChange, Offer
 from packedcomm.session.phases import deadline_after
+from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import AT_END, AT_REST, SyncState
 
 __all__ = ["OnWeights", "WeightReceiver"]
@@ -50,15 +51,18 @@ class WeightReceiver:
         target: a target, such as `TensorTarget`, `StagedTarget` or `FusedTarget`; or a callback
             `(version, [(name, tensor), ...])`, called once per chunk on the receiving thread, on a
             GPU with a stream current on which the tensors are ready. It may keep tensors. It is
-            called before the sync is verified and committed.
+            called before the sync is verified and committed. Or an object with
+            `choose(manifest)`, which is asked for one of these at every sync.
         session: the receiver's session.
 
     Raises:
         ArgumentError: the target is neither.
     """
 
-    def __init__(self, target: Target | OnWeights, session: ReceiverSession) -> None:
-        if not is_target(target) and not callable(target):
+    def __init__(
+        self, target: Target | TargetChooser | OnWeights, session: ReceiverSession
+    ) -> None:
+        if not (is_target(target) or callable(target) or isinstance(target, TargetChooser)):
             raise ArgumentError(
                 f"target must have place and commit, or be callable, got {type(target).__name__}"
             )
@@ -77,13 +81,18 @@ class WeightReceiver:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
 
-    def receive(self, timeout_s: float | None = None) -> SyncResult | None:
+    def receive(
+        self, timeout_s: float | None = None, *, since: int | None = None
+    ) -> SyncResult | None:
         """Take part in one sync; returns when it is committed.
 
         On a GPU the data is there for every stream, since the host has waited for it.
 
         Args:
             timeout_s: how long to wait for a sync to begin; None is for ever.
+            since: the sender's `SenderSession.said` when it told this end, by other means, to
+                receive. What it had said by then is of earlier syncs, and a failure of its own that
+                it reports after that, before it offers anything, ends the wait.
 
         Returns:
             What was received; None if the sender has closed the session.
@@ -104,7 +113,7 @@ class WeightReceiver:
             raise SessionStateError("receive: a thread of this receiver is receiving already")
         if self._end is SyncState.CLOSED:
             raise SessionStateError("receive: the receiver is closed")
-        message = self._next(timeout_s)
+        message = self._next(timeout_s, since)
         if message is None:
             raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")
         return self._take(message)
@@ -259,15 +268,21 @@ class WeightReceiver:
             on_update(result.version)
         return True
 
-    def _next(self, timeout_s: float | None) -> Message | None:
+    def _next(self, timeout_s: float | None, since: int | None = None) -> Message | None:
         """What the sender says next that concerns a receiver between syncs; None if nothing came in
         time."""
+        session = self.session
         deadline = deadline_after(timeout_s)
         try:
             while True:
-                message = self.session.poll(max(0.0, deadline - time.monotonic()))
-                if message is None or isinstance(message, (Offer, NoChange, Close)):
+                message = session.poll(max(0.0, deadline - time.monotonic()))
+                if message is None or isinstance(message, Close):
                     return message
+                late = since is not None and session.number <= since
+                if isinstance(message, (Offer, NoChange)) and not (late or session.withdrawn):
+                    return message
+                if isinstance(message, Cancel) and since is not None and not late:
+                    raise remote_error(message, "cancelled by the sender")
                 # Of a sync that this end has left: the sender hadn't heard of that yet, or this is
                 # its answer.
                 logger.debug("skipped %s", type(message).__name__)

@@ -307,6 +307,10 @@ class SessionEnd(abc.ABC):
             stack.callback(self._channel.close)
             if (communicator := self._communicator) is not None:
                 stack.callback(communicator.close)
+                if self.device.type == "cuda":
+                    # Between syncs nothing is under way, and NCCL frees in order only together with
+                    # the other ranks, which may not be about to close.
+                    stack.callback(communicator.abort, "the session is closed")
                 stack.callback(release_buffers, communicator)
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)

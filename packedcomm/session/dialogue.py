@@ -58,6 +58,11 @@ class Dialogue(SessionEnd):
         self._cancelled = 0
         self._saying = threading.RLock()
 
+    @property
+    def said(self) -> int:
+        """The number of the last message that was said to receivers."""
+        return self._number
+
     @abc.abstractmethod
     def _first_wait(self) -> None:
         """Wait for the receivers if none has a place yet."""

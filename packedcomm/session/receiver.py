@@ -204,6 +204,16 @@ class ReceiverSession(SessionEnd):
         return self._silent()
 
     @property
+    def number(self) -> int:
+        """The number of the message that `receive` or `poll` returned last."""
+        return self._number
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the sender has given up meanwhile what that message was about."""
+        return any(isinstance(m, Cancel) for _, m in list(self._inbox))
+
+    @property
     def untouched(self) -> bool:
         """Whether the sender has given up what this end waits for before it sent any data."""
         return any(isinstance(m, Cancel) and m.untouched for _, m in list(self._inbox))

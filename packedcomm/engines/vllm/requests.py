@@ -62,6 +62,8 @@ class UpdateRequest:
         adapter: name of the adapter, as vLLM's requests name it; only with `"adapter"`.
         timeout_s: how long a worker waits for the sync to begin, in seconds. Once it has begun the
             session's own deadlines count.
+        partial: whether parameters of the model may be left out.
+        since: the session's `said` before this update; what it had said by then is of earlier ones.
 
     Raises:
         ArgumentError: a value is malformed, or they don't go together.
@@ -70,6 +72,8 @@ class UpdateRequest:
     kind: Kind = "weights"
     adapter: str = ""
     timeout_s: float = 120.0
+    partial: bool = False
+    since: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -77,6 +81,10 @@ class UpdateRequest:
         if type(self.adapter) is not str or bool(self.adapter) is not (self.kind == "adapter"):
             raise ArgumentError(f"{self.kind}: adapter {self.adapter!r:.80} doesn't go with it")
         _check_seconds("timeout_s", self.timeout_s)
+        if type(self.partial) is not bool:
+            raise ArgumentError(f"partial must be true or false, got {self.partial!r:.80}")
+        if type(self.since) is not int or self.since < 0:
+            raise ArgumentError(f"since must be an integer >= 0, got {self.since!r:.80}")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""

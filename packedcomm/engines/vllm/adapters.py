@@ -1,0 +1,366 @@
+"""LoRA adapters of a running vLLM engine, on the side of its workers: syncs write them, no disk.
+
+An adapter is created once through vLLM's own API, by a request whose path needs no file behind it:
+`LoRARequest("policy", 1, lora_path="packedcomm:policy")`, or `--lora-modules
+policy=packedcomm:policy`. It changes nothing of the base model until its first sync; rank, scaling
+and modules are told by each sync. An adapter that was loaded from disk can be updated as well.
+
+vLLM moves adapters in and out of a few slots, and forgets them at will, also at each
+`finish_weight_update` from 0.28 on. So each adapter that is synced has memory of its own, a slot's
+worth on the device: a sync writes that, already cut for this rank and scaled, and from there it is
+copied into the slot that vLLM has given to the adapter, now or whenever it gives it one. vLLM's own
+copy on the host, from which it would fill a slot, is left empty.
+
+What vLLM has cached of earlier prompts (its prefix cache) is keyed by the adapter's name, not by
+its weights, and belongs to the scheduler, which no worker reaches: the trainer's client resets it
+after a sync, or makes a new name or path for each version.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from packedcomm.copying import CopyPlan, Part
+from packedcomm.endpoints import Target
+from packedcomm.engines.vllm.lora_layers import Cuts, engine_names, stack_of
+from packedcomm.errors import ArgumentError, CapacityError, SessionStateError
+from packedcomm.manifest import Manifest
+from packedcomm.planning.lora_names import LoraName
+from packedcomm.targets import LoraSlots, LoraSlotTarget, StagedTarget
+
+__all__ = ["SCHEME", "LiveAdapter", "adapter_target", "install_adapter_hook"]
+
+SCHEME = "packedcomm:"
+"""How the path of an adapter begins that has no files."""
+
+# Where a LoRA manager of vLLM's carries what is known of its adapters.
+_ATTRIBUTE = "packedcomm_adapters"
+
+# Marks functions that are wrapped already.
+_WRAPPED = "packedcomm_wrapped"
+
+# Manifests whose part for this rank is kept, as many as a receiver keeps plans.
+_KEPT = 8
+
+
+def adapter_target(model: Any, vllm_config: Any, device: torch.device, name: str) -> Target:
+    """The target that brings a LoRA adapter into a worker's model; the same one at every call.
+
+    It stages: a sync that fails leaves the adapter as it was. A sync that is committed counts for
+    every request from then on, wherever vLLM keeps the adapter at that time. Belongs to the
+    worker's own thread, as everything in vLLM's worker does.
+
+    Args:
+        model: the worker's model.
+        vllm_config: its configuration.
+        device: of the session and of the model's LoRA tensors.
+        name: the adapter's, as requests name it.
+
+    Raises:
+        SessionStateError: the engine was started without `enable_lora=True`, or cuts its layers
+            in a way that isn't known here.
+        ArgumentError: no adapter of this name was created, or it was removed; those that were are
+            listed.
+        CapacityError: no memory.
+    """
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or getattr(vllm_config, "lora_config", None) is None:
+        raise SessionStateError(
+            f"adapter {name!r}: the engine has no LoRA adapters, start it with enable_lora=True"
+        )
+    return _EngineAdapters.of(manager).target(name, device)
+
+
+def install_adapter_hook() -> None:
+    """Teach vLLM's LoRA managers, in this process, adapters without files; see this module.
+
+    To be called in every process of the engine before it loads its model, as plugins are. Any
+    number of calls is as good as one.
+    """
+    workers = importlib.import_module("vllm.lora.worker_manager")
+    managers = importlib.import_module("vllm.lora.model_manager")
+    # The managers of workers are all of this class; only its removals are a user's.
+    _wrap(workers.WorkerLoRAManager, "_load_adapter", _load)
+    _wrap(workers.LRUCacheWorkerLoRAManager, "remove_adapter", _remove)
+    _wrap(managers.LoRAModelManager, "activate_adapter", _activate)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if getattr(vars(owner).get(name), _WRAPPED, False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *arguments: Any, **options: Any) -> Any:
+        return around(functools.partial(original, self), self, *arguments, **options)
+
+    setattr(wrapper, _WRAPPED, True)
+    setattr(owner, name, wrapper)
+
+
+def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any) -> Any:
+    """In the place of `WorkerLoRAManager._load_adapter`: what was received isn't read again."""
+    adapters = _EngineAdapters.of(worker_manager._adapter_manager)
+    name, adapter_id = lora_request.lora_name, lora_request.lora_int_id
+    # Also where it was loaded from disk at first, and whatever `load_inplace` says, which up to
+    # 0.32 goes with every later request: only removing the adapter goes back to the files.
+    if lora_request.lora_path.startswith(SCHEME) or adapters.is_received(name):
+        loaded = _empty_model(adapter_id)
+    else:
+        loaded = original(lora_request)
+    adapters.created(name, adapter_id)
+    return loaded
+
+
+def _remove(original: Callable[[int], Any], worker_manager: Any, adapter_id: int) -> Any:
+    """In the place of `WorkerLoRAManager.remove_adapter`, which users call: evictions don't."""
+    _EngineAdapters.of(worker_manager._adapter_manager).removed(adapter_id)
+    return original(adapter_id)
+
+
+def _activate(original: Callable[[int], bool], manager: Any, lora_id: int) -> bool:
+    """In the place of `LoRAModelManager.activate_adapter`: fills the slot that was given."""
+    placed = original(lora_id)
+    if placed:
+        _EngineAdapters.of(manager).activated(lora_id)
+    return placed
+
+
+def _empty_model(adapter_id: int) -> Any:
+    """A `LoRAModel` that adapts nothing. vLLM looks at the first entry of what it registers, so
+    there is one, of a module that no model has."""
+    weights = importlib.import_module("vllm.lora.lora_weights")
+    models = importlib.import_module("vllm.lora.lora_model")
+    zeros = torch.zeros(1, 1), torch.zeros(1, 1)
+    nothing = weights.LoRALayerWeights(SCHEME, 1, 1, *zeros)
+    return models.LoRAModel(adapter_id, 1, {SCHEME: nothing})
+
+
+class _EngineAdapters:
+    """The adapters of one of vLLM's LoRA managers: ids by name, and those that are synced."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._ids: dict[str, int] = {}
+        self._live: dict[str, LiveAdapter] = {}
+        self._targets: dict[str, StagedTarget] = {}
+
+    @classmethod
+    def of(cls, manager: Any) -> _EngineAdapters:
+        found = vars(manager).get(_ATTRIBUTE)
+        if not isinstance(found, cls):
+            found = cls(manager)
+            setattr(manager, _ATTRIBUTE, found)
+        return found
+
+    def is_received(self, name: str) -> bool:
+        return name in self._live and self._live[name].received
+
+    def created(self, name: str, adapter_id: int) -> None:
+        """vLLM has loaded an adapter. Its id may be new, and may have been another one's."""
+        self._ids = {n: i for n, i in self._ids.items() if i != adapter_id}
+        self._ids[name] = adapter_id
+
+    def removed(self, adapter_id: int) -> None:
+        for name in [n for n, i in self._ids.items() if i == adapter_id]:
+            del self._ids[name]
+            self._live.pop(name, None)
+            self._targets.pop(name, None)
+
+    def activated(self, adapter_id: int) -> None:
+        for name, live in self._live.items():
+            if live.received and self._ids.get(name) == adapter_id:
+                live.fill(self._slot(adapter_id))
+
+    def committed(self, live: LiveAdapter) -> None:
+        """Bring what was received to where vLLM has the adapter now."""
+        adapter_id = self._ids.get(live.name)
+        if adapter_id is None:
+            return
+        slot = self._slot(adapter_id)
+        registered = self._manager.list_adapters().get(adapter_id)
+        if registered is not None and registered.loras:
+            # From disk: neither the slot nor a later one may keep anything of it.
+            registered.loras = {}
+            if slot is not None:
+                for module in self._manager.modules.values():
+                    module.reset_lora(slot)
+        live.fill(slot)
+
+    def target(self, name: str, device: torch.device) -> StagedTarget:
+        if name not in self._ids:
+            known = ", ".join(map(repr, self._ids)) or "none"
+            raise ArgumentError(
+                f"the engine has no adapter {name!r}; it has {known}: create it once, as by "
+                f"LoRARequest({name!r}, 1, lora_path={SCHEME + name!r})"
+            )
+        if name not in self._targets:
+            live = LiveAdapter(self._manager, name, device, self.committed)
+            self._live[name] = live
+            self._targets[name] = StagedTarget(live)
+        return self._targets[name]
+
+    def _slot(self, adapter_id: int) -> int | None:
+        slots = self._manager.lora_index_to_id
+        return slots.index(adapter_id) if adapter_id in slots else None
+
+
+class LiveAdapter:
+    """One adapter of a worker, in memory that is laid out as a slot of its LoRA layers.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+        name: of the adapter.
+        device: of the manager's tensors.
+        on_commit: told of each commit, with this adapter.
+
+    Raises:
+        SessionStateError: the manager's layers are cut in a way that isn't known here.
+        CapacityError: no memory.
+    """
+
+    fixed_destinations = True
+
+    def __init__(
+        self,
+        manager: Any,
+        name: str,
+        device: torch.device,
+        on_commit: Callable[[LiveAdapter], None],
+    ) -> None:
+        self.name = name
+        self.received = False
+        """Whether a sync has been committed."""
+        self._on_commit = on_commit
+        self._stacks = {
+            module: stack
+            for module, layer in manager.modules.items()
+            if (stack := stack_of(layer)) is not None
+        }
+        self._enabled = [
+            layer.adapter_enabled
+            for module, layer in manager.modules.items()
+            if module in self._stacks and hasattr(layer, "adapter_enabled")
+        ]
+        self._slots = {module: _one_slot(s, device) for module, s in self._stacks.items()}
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
+        cuts = Cuts.of({module: manager.modules[module] for module in self._stacks})
+        self._target = LoraSlotTarget(
+            self._slots,
+            0,
+            max_lora_rank=manager.lora_config.max_lora_rank,
+            tp_rank=cuts.tp[0],
+            tp_size=cuts.tp[1],
+            ep_rank=cuts.ep[0],
+            ep_size=cuts.ep[1],
+            num_experts=cuts.num_experts,
+            replicated=cuts.replicated,
+            # vLLM casts what it loads, too.
+            cast=True,
+            rename=engine_names(manager.model),
+        )
+        self._rename = engine_names(manager.model) or str
+        # Stages of pipeline parallelism hold some layers only.
+        self._elsewhere = tuple(
+            f"{path}."
+            for path, layer in manager.model.named_modules()
+            if type(layer).__name__ == "PPMissingLayer"
+        )
+        self._own: dict[str, Manifest] = {}
+        self._fills: dict[int, CopyPlan] = {}
+
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """What the parts are views of; vLLM's slots are not."""
+        return self._target.memory
+
+    def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
+        """This rank's boxes of each tensor.
+
+        Raises:
+            ManifestError: a rank is above `max_lora_rank`, a module isn't adapted by the engine or
+                is of a variant such as DoRA, or a shape or dtype doesn't fit; all are listed, up to
+                ten.
+        """
+        own = self._own_part(manifest)
+        parts = self._target.place(own)
+        if own is manifest:
+            return parts
+        placed = dict(zip(own.by_name, parts, strict=True))
+        return [placed.get(spec.name, ()) for spec in manifest.specs]
+
+    def commit(self, manifest: Manifest) -> None:
+        """Zero what the adapter doesn't fill, and copy all of it into vLLM's slot, if it has one;
+        on a GPU enqueued on the current stream."""
+        self._target.commit(self._own_part(manifest))
+        self.received = True
+        self._on_commit(self)
+
+    def fill(self, slot: int | None) -> None:
+        """Copy the adapter into a slot of vLLM's; on a GPU enqueued on the current stream."""
+        if slot is None:
+            return
+        plan = self._fills.get(slot)
+        if plan is None or plan.moved() is not None:
+            plan = self._fills[slot] = CopyPlan(list(self._pairs(slot)))
+        plan.run()
+
+    def _pairs(self, slot: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for module, stack in self._stacks.items():
+            own = self._slots[module]
+            for source, stacked in zip((*own.a, *own.b), (*stack.a, *stack.b), strict=True):
+                yield source[0], stacked[slot]
+        for enabled in self._enabled:
+            # Layers of experts skip adapters that aren't marked here.
+            yield self._one, enabled[slot : slot + 1]
+
+    def _own_part(self, manifest: Manifest) -> Manifest:
+        """What of a manifest is for the layers of this rank's stage."""
+        if not self._elsewhere:
+            return manifest
+        own = self._own.get(manifest.digest)
+        if own is None:
+            specs = [spec for spec in manifest.specs if not self._is_elsewhere(spec.name)]
+            attributes = manifest.attributes
+            lora = attributes.get("lora")
+            if isinstance(lora, dict) and isinstance(lora.get("modules"), dict):
+                modules = lora["modules"].items()
+                lora["modules"] = {
+                    module: described
+                    for module, described in modules
+                    if not self._is_elsewhere(f"{module}.lora_A.weight")
+                }
+            own = Manifest(specs, attributes)
+            while len(self._own) >= _KEPT:
+                del self._own[next(iter(self._own))]
+            self._own[manifest.digest] = own
+        return own
+
+    def _is_elsewhere(self, name: str) -> bool:
+        parsed = LoraName.parse(name)
+        module = parsed.module if parsed is not None else name
+        return f"{self._rename(module)}.".startswith(self._elsewhere)
+
+    def __repr__(self) -> str:
+        return f"LiveAdapter({self.name!r}, {len(self._stacks)} modules)"
+
+
+def _one_slot(stack: LoraSlots, device: torch.device) -> LoraSlots:
+    """Memory of one slot's size, zeroed."""
+    try:
+        # What vLLM makes while it infers may not be written elsewhere.
+        with torch.inference_mode(False):
+            a, b = (
+                tuple(torch.zeros((1, *t.shape[1:]), dtype=t.dtype, device=device) for t in tensors)
+                for tensors in (stack.a, stack.b)
+            )
+            return LoraSlots(a, b)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+        raise CapacityError(
+            f"no memory for one adapter on {device}: {str(error).splitlines()[0]}"
+        ) from error

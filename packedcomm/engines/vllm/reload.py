@@ -1,0 +1,220 @@
+"""vLLM's layerwise reload, driven from outside: begun, watched layer by layer, ended or taken back.
+
+Its modules' parameters are on the meta device in between, so an update that fails must be taken
+back before anybody generates; vLLM has no call for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+
+from packedcomm.errors import ManifestError
+
+__all__ = ["Reload", "Watch"]
+
+Named = tuple[str, torch.Tensor]
+
+
+class Watch:
+    """Is told of every layer that a reload completes. This one does nothing."""
+
+    def enter_layer(self, layer: str, loaded: Iterable[object]) -> None:
+        """A layer has everything, and will be loaded from these values now."""
+
+    def leave_layer(self) -> None:
+        """It is loaded, and in the engine's own memory."""
+
+
+class Reload:
+    """One reload of a model or of some of its layers, through the engine's own loader.
+
+    Belongs to one thread.
+
+    Args:
+        model: the engine's model.
+        model_config, vllm_config: the engine's configurations.
+        layers: the qualified names of the modules that are reloaded; None is all.
+        rename: from names as they are sent to names that the loader knows.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: Any,
+        vllm_config: Any,
+        *,
+        layers: Sequence[str] | None = None,
+        rename: Callable[[str], str] | None = None,
+    ) -> None:
+        self._model: Any = model
+        self._model_config = model_config
+        self._vllm_config = vllm_config
+        named = dict(model.named_modules())
+        self._names = {id(module): name for name, module in named.items()}
+        self._roots: list[Any] = [model] if layers is None else [named[n] for n in _tops(layers)]
+        self._rename = rename
+        self._kernels: list[tuple[Any, Any]] = []
+        self.begun = False
+        self.changed: set[str] = set()
+        """Layers whose memory has new contents."""
+
+    def begin(self) -> None:
+        """Put the layers on the meta device; until `end` or `take_back` nobody may generate."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self.begun = True
+        for root in self._roots:
+            initialize_layerwise_reload(root)
+            for module in root.modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None and _on_cpu(module):
+                    # Only a layer without one has its experts packed anew.
+                    self._kernels.append((method, method.moe_kernel))
+                    method.moe_kernel = None
+
+    def load(self, items: Iterable[Named], watch: Watch | None = None) -> None:
+        """Give tensors to the loader, which keeps them until their layers are complete.
+
+        Args:
+            items: names and tensors.
+            watch: is told of layers that are completed by them.
+        """
+        with self._watched(watch or Watch()), self._configured():
+            given = ((self._name(name), tensor) for name, tensor in items)
+            self._model.load_weights(given)
+
+    def end(self, watch: Watch | None = None) -> None:
+        """Complete what is left, such as layers with padding, and attention."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with self._watched(watch or Watch()), self._configured():
+            for root in self._roots:
+                finalize_layerwise_reload(root, self._model_config)
+        self._kernels.clear()
+        self.begun = False
+
+    def take_back(self) -> None:
+        """Give the layers that aren't complete their own memory back, with what it held before.
+        Those in `changed` keep what they were given. Idempotent."""
+        if not self.begun:
+            return
+        self.begun = False
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        for root in self._roots:
+            for module in root.modules():
+                info = layerwise.get_layerwise_info(module)
+                if info.can_load():
+                    if info.kernel_tensors is not None:
+                        layerwise._place_kernel_tensors(module, info)
+                    info.reset()
+            if hasattr(root, "_original_do_torchao_reload"):
+                root._do_torchao_reload = root._original_do_torchao_reload
+        layerwise.LOADING_LAYERS.clear()
+        for method, kernel in self._kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
+        self._kernels.clear()
+
+    def check(self, items: Iterable[Named], *, partial: bool) -> None:
+        """Have the loader try descriptions only, on the meta device; nothing is changed.
+
+        Args:
+            items: names and tensors without memory.
+            partial: whether parameters may be left out.
+
+        Raises:
+            ManifestError: the loader doesn't know a name or a shape, or a parameter gets nothing.
+        """
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        wanted = {name for name, p in self._model.named_parameters() if p.numel()}
+        reached: set[str] = set()
+        self.begin()
+        try:
+            for root in self._roots:
+                for module in root.modules():
+                    prefix = self._names[id(module)]
+                    for name, tensor in layerwise.get_layer_tensors(module).items():
+                        loader = layerwise._get_original_loader(tensor)
+                        whole = f"{prefix}.{name}" if prefix else name
+                        tensor.weight_loader = _noting(loader, whole, reached)
+            try:
+                self.load(items)
+            except NotImplementedError:
+                return  # a loader that looks at values can't be tried
+            except Exception as error:
+                raise ManifestError(
+                    f"the engine's loader refuses this manifest: {error}"
+                ) from error
+        finally:
+            self.take_back()
+        missing = sorted(wanted - reached)
+        if missing and not partial:
+            raise ManifestError(
+                f"{len(missing)} of the engine's parameters are not sent: {', '.join(missing[:10])}"
+            )
+
+    def _name(self, name: str) -> str:
+        return self._rename(name) if self._rename is not None else name
+
+    @contextlib.contextmanager
+    def _configured(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self._vllm_config), torch.no_grad():
+            yield
+
+    @contextlib.contextmanager
+    def _watched(self, watch: Watch) -> Iterator[None]:
+        """Whoever completes a layer calls this by its name in its module, so it can be followed."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        original = layerwise._layerwise_process
+
+        def process(layer: torch.nn.Module, info: Any) -> None:
+            name = self._names.get(id(layer), "")
+            loaded = [
+                value for _, bound in info.loaded_weights for value in bound.arguments.values()
+            ]
+            watch.enter_layer(name, loaded)
+            try:
+                original(layer, info)
+            finally:
+                self.changed.add(name)
+                watch.leave_layer()
+
+        layerwise._layerwise_process = process
+        try:
+            yield
+        finally:
+            layerwise._layerwise_process = original
+
+
+def _noting(loader: Any, name: str, reached: set[str]) -> Any:
+    @wraps(loader)
+    def noting(*arguments: Any, **options: Any) -> Any:
+        reached.add(name)
+        return loader(*arguments, **options)
+
+    return noting
+
+
+def _tops(layers: Sequence[str]) -> list[str]:
+    """Names that aren't below another one of them."""
+    names = set(layers)
+    return [
+        name
+        for name in sorted(names)
+        if not any(name.startswith(f"{other}.") or not other for other in names - {name})
+    ]
+
+
+def _on_cpu(module: torch.nn.Module) -> bool:
+    backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+    return "CPU" in str(backend).upper()

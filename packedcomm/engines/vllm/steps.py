@@ -1,0 +1,149 @@
+"""The steps of one update of the engines, and the way back from each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from packedcomm.completion import measured
+from packedcomm.engines.vllm.calls import Calls, call_all, decisive
+from packedcomm.engines.vllm.handles import PauseMode, finish_update
+from packedcomm.errors import PackedCommError
+
+__all__ = ["Ending", "UpdateSteps"]
+
+Sent = TypeVar("Sent")
+
+# What a worker needs to give up after it has waited for a sync in vain.
+_MARGIN_S = 5.0
+
+# In the error of vLLM's worker (0.25 to 0.33) when an update was begun and never finished.
+_LEFT_ACTIVE = "already active"
+
+
+class Ending(Protocol):
+    """What ends a transfer that can't go on because an engine has failed."""
+
+    error: PackedCommError | None
+    """What the transfer was ended with, if it was."""
+
+    def end(self, error: PackedCommError) -> None:
+        """End it; what the sending thread raises then has the error's text. From any thread."""
+
+    def close(self, failed: BaseException | None) -> None:
+        """It is over, and has failed or not."""
+
+
+class UpdateSteps:
+    """The engines' side of one update: which of them are in the middle of it."""
+
+    def __init__(self, engines: list[Any], timeout_s: float, seconds: dict[str, float]) -> None:
+        self._engines = engines
+        self._timeout_s = timeout_s
+        self._seconds = seconds
+        # Positions of engines that wait for finish_weight_update.
+        self._active: set[int] = set()
+        self.begun = False
+        """Whether the engines were told to receive."""
+
+    def pause(self, mode: PauseMode | None, flush: bool) -> None:
+        """Pause, and forget what was cached: then also what a failed update leaves is used with
+        nothing older."""
+        pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
+        with measured(self._seconds, "pause"):
+            self._all("pause", pausing, lambda e: e.pause(mode, clear_cache=flush))
+        if flush:
+            # Pausing has done it, except where requests are kept.
+            kept = (
+                self._engines if mode == "keep" else [e for e in self._engines if e not in pausing]
+            )
+            resetting = [e for e in kept if hasattr(e, "reset_prefix_cache")]
+            with measured(self._seconds, "flush"):
+                self._all("reset_prefix_cache", resetting, lambda e: e.reset_prefix_cache())
+
+    def start(self) -> None:
+        """Let the engines prepare."""
+        with measured(self._seconds, "start"):
+            calls = Calls("start_weight_update", self._engines, _start)
+            failure = calls.wait(self._timeout_s)
+        self._active = set(calls.results)
+        if failure is not None:
+            raise failure
+
+    def transfer(self, body: dict[str, Any], send: Callable[[], Sent], ending: Ending) -> Sent:
+        """Let the engines receive while this thread sends.
+
+        Args:
+            body: what `update_weights` is given.
+            send: returns when everything is sent.
+            ending: ends `send` if an engine fails.
+
+        Raises:
+            PackedCommError: see `EngineUpdater.update`.
+        """
+        failed: Exception | None = None
+        sent: list[Sent] = []
+        with measured(self._seconds, "update"):
+            # Until it is known how the calls end, there is nothing to finish.
+            self._active = set()
+            calls = Calls(
+                "update_weights", self._engines, lambda e: e.update_weights(body), ending.end
+            )
+            self.begun = True
+            try:
+                sent.append(send())
+            except Exception as error:  # noqa: BLE001 - raised below, with what the engines say
+                failed = error
+            finally:
+                ending.close(failed)
+            engine = calls.wait(self._timeout_s + _MARGIN_S)
+        # vLLM has ended the update itself where it has failed.
+        self._active = set(calls.results)
+        if failed is None:
+            if engine is None:
+                return sent[0]
+            engine.add_note("everything had been sent, and committed where there is a commit")
+            raise engine
+        if ending.error is not None and str(ending.error) in str(failed):
+            raise (engine or ending.error) from failed
+        raise failed if engine is None else decisive(failed, engine)
+
+    def finish(self, version: str | None) -> None:
+        """Let the engines process what they have received."""
+        self._active = set()
+        with measured(self._seconds, "finish"):
+            self._all("finish_weight_update", self._engines, lambda e: finish_update(e, version))
+
+    def resume(self) -> None:
+        """Let the engines go on."""
+        able = [engine for engine in self._engines if hasattr(engine, "resume")]
+        with measured(self._seconds, "resume"):
+            self._all("resume", able, lambda engine: engine.resume())
+
+    def clean_up(self, error: BaseException, *, resume: bool) -> None:
+        """After a failure: end the update where vLLM is in the middle of it, and go on. What fails
+        here becomes a note of the error."""
+        active = [self._engines[index] for index in sorted(self._active)]
+        try:
+            self._all("finish_weight_update", active, lambda e: finish_update(e, None))
+        except PackedCommError as second:
+            error.add_note(f"and the update could not be ended: {second}")
+        try:
+            if resume:
+                self.resume()
+        except PackedCommError as second:
+            error.add_note(f"and the engine could not be resumed: {second}")
+
+    def _all(self, what: str, engines: list[Any], call: Any) -> None:
+        call_all(what, engines, call, self._timeout_s)
+
+
+def _start(engine: Any) -> None:
+    try:
+        engine.start_weight_update()
+    except Exception as error:
+        if _LEFT_ACTIVE not in str(error):
+            raise
+        # A trainer was lost between its calls: vLLM waits for the end of that update.
+        finish_update(engine, None)
+        engine.start_weight_update()

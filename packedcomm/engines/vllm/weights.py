@@ -1,0 +1,237 @@
+"""A model's weights in a running engine: loaded by its own loader at first, replayed later.
+
+The first update of a manifest is recorded while the engine's loader carries it out, the second one
+shows that the loader does the same again, and from the third one on boxes are received straight
+into the live parameters. Addresses never change.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording, live_tensors
+from packedcomm.engines.vllm.recording import Recorder
+from packedcomm.engines.vllm.reload import Reload
+from packedcomm.manifest import Manifest
+
+__all__ = ["ModelWeights"]
+
+logger = logging.getLogger("packedcomm")
+
+# Manifests whose recordings are kept.
+_KEPT = 4
+
+# Above this share of the bytes the loader gets everything: what it must be given needs memory aside.
+_MOST_BY_LOADER = 0.25
+
+
+class ModelWeights:
+    """Chooses how a model is updated: by its loader or by a recording of it.
+
+    Belongs to one thread.
+
+    Args:
+        model: the engine's model.
+        model_config, vllm_config: the engine's configurations.
+        device: where its parameters are.
+        rename: from names as they are sent to names that the loader knows.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: Any,
+        vllm_config: Any,
+        device: torch.device,
+        *,
+        rename: Callable[[str], str] | None = None,
+    ) -> None:
+        self._model = model
+        self._configs = (model_config, vllm_config)
+        self._device = device
+        self._rename = rename
+        self._recordings: dict[str, Recording] = {}
+        self._targets: dict[str, RecordedTarget] = {}
+        self._checked: set[tuple[str, bool]] = set()
+        self._reload: Reload | None = None
+        self.partial = False
+        """Whether a manifest may leave parameters out."""
+        self.way = ""
+        """How the last update was carried out: `"recorded"`, `"proved"`, `"replayed"` or
+        `"loaded"`."""
+
+    def choose(self, manifest: Manifest) -> Any:
+        """How to receive a manifest: a target, or a callback that gives chunks to the loader.
+
+        Raises:
+            ManifestError: the engine's loader doesn't know a name or a shape, or parameters are
+                missing; nothing is touched.
+        """
+        digest = manifest.digest
+        recording = self._recordings.get(digest)
+        target = self._targets.get(digest)
+        if target is not None and target.moved:
+            logger.warning("the engine's parameters have moved: recording its loader again")
+            recording = None
+            self.forget()
+        self._check(manifest)
+        if recording is None:
+            return _Recorded(self, manifest)
+        if not recording.proved:
+            return _Proved(self, manifest, recording)
+        if not self._replayable(manifest, recording):
+            return _Loaded(self, manifest)
+        self.way = "replayed"
+        if digest not in self._targets:
+            live = live_tensors(self._model)
+            self._targets[digest] = RecordedTarget(
+                recording, live, self._device, lambda items: self._load_rest(recording, items)
+            )
+        return self._targets[digest]
+
+    def forget(self) -> None:
+        """Drop all recordings."""
+        self._recordings.clear()
+        self._targets.clear()
+
+    def take_back(self) -> None:
+        """After a failed update: end the reload that it has begun, so that the engine can answer.
+        Idempotent."""
+        reload, self._reload = self._reload, None
+        if reload is not None:
+            reload.take_back()
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Layers that are left to the loader, and why, of all manifests."""
+        found: dict[str, str] = {}
+        for recording in self._recordings.values():
+            found.update(recording.reasons)
+        return found
+
+    def reload(self, layers: list[str] | None = None) -> Reload:
+        """A new reload, which `take_back` would take back."""
+        model_config, vllm_config = self._configs
+        self._reload = Reload(
+            self._model, model_config, vllm_config, layers=layers, rename=self._rename
+        )
+        return self._reload
+
+    def keep(self, manifest: Manifest, recording: Recording) -> None:
+        """Remember what was recorded."""
+        while len(self._recordings) >= _KEPT:
+            oldest = next(iter(self._recordings))
+            del self._recordings[oldest]
+            self._targets.pop(oldest, None)
+        self._recordings[manifest.digest] = recording
+        for layer, reason in recording.reasons.items():
+            logger.info("stays with the engine's loader: %s: %s", layer or "the model", reason)
+
+    def _check(self, manifest: Manifest) -> None:
+        key = (manifest.digest, self.partial)
+        if key in self._checked:
+            return
+        described = [
+            (spec.name, torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"))
+            for spec in manifest.specs
+        ]
+        self.reload().check(described, partial=self.partial)
+        self._checked.add(key)
+
+    def _replayable(self, manifest: Manifest, recording: Recording) -> bool:
+        if "" in recording.reasons:
+            return False
+        aside = sum(manifest.by_name[name].nbytes for name in recording.by_loader)
+        return aside <= _MOST_BY_LOADER * manifest.nbytes
+
+    def _load_rest(self, recording: Recording, items: list[tuple[str, torch.Tensor]]) -> None:
+        reload = self.reload(list(recording.reasons))
+        reload.begin()
+        reload.load(items)
+        reload.end()
+
+
+class _Loaded:
+    """A callback that gives what it is shown to the engine's loader."""
+
+    way = "loaded"
+
+    def __init__(self, weights: ModelWeights, manifest: Manifest) -> None:
+        self._weights = weights
+        self._manifest = manifest
+        self._left = len(manifest)
+        self._reload: Reload | None = None
+        weights.way = self.way
+
+    def __call__(self, version: int, items: list[tuple[str, torch.Tensor]]) -> None:
+        if self._reload is None:
+            self._begin()
+        assert self._reload is not None
+        self._load(self._reload, items)
+        self._left -= len(items)
+        if not self._left:
+            self._end(self._reload)
+
+    def _begin(self) -> None:
+        self._reload = self._weights.reload()
+        self._reload.begin()
+
+    def _load(self, reload: Reload, items: list[tuple[str, torch.Tensor]]) -> None:
+        reload.load(items)
+
+    def _end(self, reload: Reload) -> None:
+        reload.end()
+
+
+class _Recorded(_Loaded):
+    """The same, and recorded."""
+
+    way = "recorded"
+
+    def _begin(self) -> None:
+        self._live = live_tensors(self._weights._model)
+        self._recorder = Recorder(self._live)
+        super()._begin()
+
+    def _load(self, reload: Reload, items: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in items:
+            self._recorder.receive(name, tensor)
+        with self._recorder:
+            reload.load(items, self._recorder)
+
+    def _end(self, reload: Reload) -> None:
+        with self._recorder:
+            reload.end(self._recorder)
+        # What is only waiting to be collected isn't kept.
+        gc.collect()
+        self._weights.keep(self._manifest, Recording.of(self._recorder, self._manifest, self._live))
+
+
+class _Proved(_Loaded):
+    """The same, and compared with a recording."""
+
+    way = "proved"
+
+    def __init__(self, weights: ModelWeights, manifest: Manifest, recording: Recording) -> None:
+        super().__init__(weights, manifest)
+        self._recording = recording
+
+    def _begin(self) -> None:
+        live = live_tensors(self._weights._model)
+        self._proof = Proof(self._recording, live)
+        super()._begin()
+
+    def _load(self, reload: Reload, items: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in items:
+            self._proof.receive(name, tensor)
+        reload.load(items, self._proof)
+
+    def _end(self, reload: Reload) -> None:
+        reload.end(self._proof)
+        self._proof.end()
+        self._weights.keep(self._manifest, self._recording)

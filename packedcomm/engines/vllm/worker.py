@@ -1,0 +1,260 @@
+"""vLLM's worker engine of this backend: takes part in a session's syncs when vLLM tells it to."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_world_group
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from packedcomm.endpoints import Target
+from packedcomm.engines.vllm.adapters import adapter_target
+from packedcomm.engines.vllm.outcome import agree_on
+from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
+from packedcomm.engines.vllm.weights import ModelWeights
+from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError
+from packedcomm.manifest import Manifest
+from packedcomm.receivers import WeightReceiver
+from packedcomm.results import SyncResult
+from packedcomm.session import ReceiverSession, Session
+from packedcomm.settings import Settings
+
+__all__ = ["InitInfo", "PackedCommEngine", "UpdateInfo"]
+
+logger = logging.getLogger("packedcomm")
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """An `InitRequest` as it has come, not looked at yet."""
+
+    fields: Mapping[str, Any]
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """An `UpdateRequest` as it has come, not looked at yet."""
+
+    fields: Mapping[str, Any]
+
+
+class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One worker's end: a receiver in the trainer's session.
+
+    Every worker of every replica is a receiver of its own. vLLM calls one method at a time, on the
+    worker's own thread. The secret is read from the worker's environment (`PACKEDCOMM_SECRET` or
+    `PACKEDCOMM_SECRET_FILE`), like all other settings.
+
+    A call that fails on one worker fails on all of them; only the last one's exception reaches
+    vLLM's caller. After it the engine answers: with the old weights where nothing was loaded yet,
+    else with weights that the message calls torn, until the next update.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(
+        self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        """Called by vLLM when the model is loaded."""
+        super().__init__(config, vllm_config, device, model)
+        self._settings = Settings.from_environment()
+        self._session: ReceiverSession | None = None
+        self._receivers: dict[Any, WeightReceiver] = {}
+        self._weights: weakref.WeakKeyDictionary[torch.nn.Module, ModelWeights] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.failed = False
+        """Whether the last call has failed on some worker."""
+        self.result: SyncResult | None = None
+        """What this worker has received last."""
+
+    # vLLM must not raise here, which it would do on every worker at once.
+    def parse_init_info(self, init_dict: dict[str, Any]) -> InitInfo:
+        """Keep what has come; it is looked at where a failure can be agreed on."""
+        return InitInfo(init_dict)
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> UpdateInfo:
+        """Keep what has come; it is looked at where a failure can be agreed on."""
+        return UpdateInfo(update_dict)
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Connect to the trainer's session, and leave the one before.
+
+        Raises:
+            ArgumentError: an unknown key, or a malformed value.
+            AuthenticationError, RendezvousTimeout, VersionMismatch, ...: as `Session.connect`.
+        """
+        self._together(lambda: self._connect(_request(InitRequest, init_info.fields)))
+
+    def _connect(self, request: InitRequest) -> None:
+        self._leave()
+        settings = replace(self._settings, connect_timeout_s=request.connect_timeout_s)
+        self._session = Session.connect(request.address, device=self.device, settings=settings)
+
+    def start_weight_update(self) -> None:
+        """Nothing: what an update needs is known when it is offered."""
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Take part in one sync; returns when it is committed.
+
+        Raises:
+            ArgumentError: an unknown key, or a malformed value.
+            ManifestError: the engine's loader doesn't know what is sent, or parameters are missing.
+            SessionStateError: not connected, asleep, or no such adapter.
+            PeerLost, DeadlineExceeded, IntegrityError, ...: as `WeightReceiver.receive`.
+        """
+        self._together(lambda: self._update(_request(UpdateRequest, update_info.fields)))
+
+    def _update(self, request: UpdateRequest) -> None:
+        if self._session is None:
+            raise SessionStateError("update: not connected to a trainer: initialize it first")
+        _check_awake()
+        weights = self._model_weights()
+        weights.partial = request.partial
+        receiver = self._receiver(request, weights)
+        try:
+            self.result = receiver.receive(request.timeout_s, since=request.since)
+        except BaseException as error:
+            weights.take_back()
+            if receiver.status().state == "torn" and isinstance(error, PackedCommError):
+                raise type(error)(f"{error} (torn: some weights are new, some old)") from error
+            raise
+        if self.result is None:
+            raise SessionStateError("update: the trainer has closed the session")
+        logger.info("version %s: %s", self.result.version, weights.way)
+
+    def _receiver(self, request: UpdateRequest, weights: ModelWeights) -> WeightReceiver:
+        """The one that keeps what was agreed on for this model or this adapter."""
+        assert self._session is not None
+        key = (id(self.model), request.adapter)
+        receiver = self._receivers.get(key)
+        if receiver is None:
+            chosen: Any = weights
+            if request.kind == "adapter":
+                chosen = _Adapter(self.model, self.vllm_config, self.device, request.adapter)
+            receiver = self._receivers[key] = WeightReceiver(chosen, self._session)
+        return receiver
+
+    def _model_weights(self) -> ModelWeights:
+        found = self._weights.get(self.model)
+        if found is None:
+            found = self._weights[self.model] = ModelWeights(
+                self.model,
+                self.model_config,
+                self.vllm_config,
+                self.device,
+                rename=wrapped_names(self.model),
+            )
+        return found
+
+    def finish_weight_update(self) -> None:
+        """Nothing is left to do: what was received counts since the commit."""
+
+    def shutdown(self) -> None:
+        """Leave the session. Idempotent; the engine can be initialized again."""
+        self._leave()
+
+    def status(self) -> dict[str, Any]:
+        """How this worker stands, as JSON values: version, state, how the last update was carried
+        out, and the layers that stay with vLLM's loader, with reasons."""
+        weights = self._model_weights()
+        receiver = self._receivers.get((id(self.model), ""))
+        status = None if receiver is None else receiver.status()
+        return {
+            "state": "idle" if status is None else status.state,
+            "version": None if status is None else status.version,
+            "way": weights.way,
+            "by_loader": weights.reasons,
+            "seconds": {} if self.result is None else dict(self.result.seconds),
+        }
+
+    def _leave(self) -> None:
+        session, self._session = self._session, None
+        self._receivers.clear()
+        if session is not None:
+            session.close()
+
+    def _together(self, call: Callable[[], None]) -> None:
+        self.failed = True
+        self.failed = agree_on(call, _workers()) is not None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Not the way of this backend, which vLLM up to 0.27 asks every engine for."""
+        raise SessionStateError("send with packedcomm.FullWeightSender in the trainer's session")
+
+
+class _Adapter:
+    """Chooses the memory of a live adapter, which vLLM may have moved to another slot."""
+
+    def __init__(
+        self, model: torch.nn.Module, vllm_config: Any, device: torch.device, name: str
+    ) -> None:
+        self._where = (model, vllm_config, device, name)
+
+    def choose(self, manifest: Manifest) -> Target:  # noqa: ARG002
+        return adapter_target(*self._where)
+
+
+def _workers() -> Any:
+    try:
+        return get_world_group()
+    except AssertionError:
+        return None
+
+
+def _request(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ArgumentError(f"{kind.__name__}: {error}") from None
+
+
+def _check_awake() -> None:
+    """Raise if vLLM has put the weights to sleep: their memory is unmapped then."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        from vllm.device_allocator.cumem import CuMemAllocator
+    except ImportError:
+        return
+    allocator = CuMemAllocator.instance
+    asleep = allocator is not None and any(
+        getattr(data, "is_asleep", False) and data.tag == "weights"
+        for data in allocator.pointer_to_data.values()
+    )
+    if asleep:
+        raise SessionStateError("the engine is asleep: wake its weights up before an update")
+
+
+def wrapped_names(model: torch.nn.Module) -> Callable[[str], str] | None:
+    """How a checkpoint's names change where LoRA wraps layers that don't forward their loader, as
+    up to vLLM 0.27."""
+    manager = getattr(model, "lora_manager", None)
+    if manager is None:
+        return None
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    if hasattr(BaseLayerWithLoRA, "__getattr__") or hasattr(BaseLayerWithLoRA, "load_weights"):
+        return None
+    wrapped: set[str] = set()
+    for name in manager.modules:
+        prefix, _, last = name.rpartition(".")
+        parts = manager.packed_modules_mapping.get(last, [last])
+        wrapped.update(f"{prefix}.{part}" if prefix else part for part in (*parts, last))
+
+    def rename(name: str) -> str:
+        module, _, parameter = name.rpartition(".")
+        return f"{module}.base_layer.{parameter}" if module in wrapped else name
+
+    return rename

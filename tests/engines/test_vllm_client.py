@@ -1,0 +1,343 @@
+"""The client for vLLM engines against real HTTP servers whose workers are real receivers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from packedcomm import FullWeightSender, Session
+from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine
+from packedcomm.engines.vllm.markers import marked
+from packedcomm.errors import (
+    ArgumentError,
+    CapacityError,
+    ConfigMismatch,
+    DeadlineExceeded,
+    ManifestError,
+    PeerLost,
+    RemoteError,
+    RendezvousTimeout,
+    SessionStateError,
+)
+from packedcomm.session import SenderSession
+from tests.helpers.sessions import QUICK
+from tests.helpers.vllm_server import VllmServer
+
+CYCLE = ["pause", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
+STAGES = ["start", "update", "finish"]
+IMPATIENT = replace(QUICK, connect_timeout_s=1.0)
+
+
+def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((33, 7), value), "b.bias": torch.full((5,), -value)}
+
+
+@pytest.fixture
+def server() -> Iterator[VllmServer]:
+    with VllmServer(weights()) as started:
+        yield started
+
+
+@pytest.fixture
+def session() -> Iterator[SenderSession]:
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as listening:
+        yield listening
+
+
+def updater_of(server: VllmServer, session: SenderSession, **options) -> EngineUpdater:
+    return EngineUpdater(HttpEngine(server.url, timeout_s=20), session, timeout_s=10, **options)
+
+
+def connected(server: VllmServer, session: SenderSession, **options) -> EngineUpdater:
+    """Connected, with a first update done."""
+    updater = updater_of(server, session, **options)
+    updater.connect()
+    updater.update(FullWeightSender(weights(), session))
+    server.came.clear()
+    return updater
+
+
+def assert_holds(server: VllmServer, value: float) -> None:
+    for worker in server.workers:
+        for name, expected in weights(value).items():
+            assert torch.equal(worker[name], expected)
+
+
+def test_an_update_pauses_syncs_finishes_and_resumes(server, session):
+    updater = updater_of(server, session)
+
+    assert updater.connect() == 1
+    server.came.clear()
+    update = updater.update(FullWeightSender(weights(2.0), session), 7)
+
+    assert server.came == CYCLE
+    assert server.queries["pause"] == {"mode": "wait", "clear_cache": "true"}
+    assert server.version == "7"
+    assert update.result.version == 7
+    assert update.result.receivers == 1
+    assert list(update.seconds) == ["pause", "flush", *STAGES, "resume", "total"]
+    assert_holds(server, 2.0)
+
+
+def test_ten_updates_in_a_row_of_several_servers_with_several_workers(session):
+    with VllmServer(weights(), 2) as one, VllmServer(weights()) as other:
+        updater = EngineUpdater([HttpEngine(s.url) for s in (one, other)], session)
+        source = weights()
+        sender = FullWeightSender(source, session)
+        assert updater.connect() == 3
+        for step in range(10):
+            for name, tensor in weights(step + 1.0).items():
+                source[name].copy_(tensor)
+            assert updater.update(sender).result.receivers == 3
+        assert_holds(one, 10.0)
+        assert_holds(other, 10.0)
+        assert one.version == other.version == "9"
+
+
+def test_kept_requests_have_the_prefix_cache_reset_apart(server, session):
+    updater = connected(server, session, pause_mode="keep")
+
+    updater.update(FullWeightSender(weights(3.0), session))
+
+    assert server.came == [CYCLE[0], "reset_prefix_cache", *CYCLE[1:]]
+    assert server.queries["reset_prefix_cache"] == {"reset_running_requests": "true"}
+
+
+def test_without_flush_and_pause_the_caller_decides(server, session):
+    updater = connected(server, session, pause_mode=None, flush=False)
+
+    updater.update(FullWeightSender(weights(3.0), session), adapter="tuned")
+
+    assert server.came == CYCLE[1:-1]
+    info = server.bodies["update_weights"]["update_info"]
+    assert (info["kind"], info["adapter"], info["timeout_s"]) == ("adapter", "tuned", 10)
+
+
+def test_the_init_info_has_no_secret_and_the_key_travels_in_the_header(server):
+    secret = "correct horse battery staple"
+    with Session.listen("127.0.0.1:0", receivers=1, secret=secret, device="cpu") as session:
+        engine = HttpEngine(server.url + "/", api_key="k3y")
+        with pytest.raises(ArgumentError, match=r"listens on 0\.0\.0\.0"):
+            EngineUpdater(engine, session, address="0.0.0.0:1").connect()
+        server.refuse["init_weight_transfer_engine"] = (500, "enough")
+        with pytest.raises(RemoteError, match="HTTP 500: enough"):
+            EngineUpdater(engine, session).connect()
+    assert secret not in str(server.bodies)
+    assert server.bodies["init_weight_transfer_engine"]["init_info"]["address"] == session.address
+    assert server.headers["Authorization"] == "Bearer k3y"
+
+
+def test_a_failing_init_ends_connect_at_once_and_leaves_the_session_usable(server, session):
+    updater = updater_of(server, session)
+    server.refuse["init_weight_transfer_engine"] = (
+        500,
+        "Worker failed with error '[packedcomm:AuthenticationError] another secret', please check "
+        "the stack trace above for the root cause",
+    )
+    begin = time.monotonic()
+    with pytest.raises(PermissionError, match="^another secret"):
+        updater.connect()
+    assert time.monotonic() - begin < 5
+
+    server.refuse.clear()
+    updater.connect()
+    updater.update(FullWeightSender(weights(4.0), session))
+    assert_holds(server, 4.0)
+
+
+def test_an_engine_that_is_connected_again_is_updated_again(server, session):
+    updater = connected(server, session)
+    updater.connect()
+    sender = FullWeightSender(weights(5.0), session)
+    updater.update(sender)
+    assert_holds(server, 5.0)
+
+
+def test_fewer_workers_than_promised(server):
+    server.world_size = 2
+    with Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=IMPATIENT) as session:
+        with pytest.raises(RendezvousTimeout, match="1 of 2 receivers came .* 1 of 1 engines"):
+            updater_of(server, session).connect()
+        assert session.state == "idle"
+
+
+def test_a_session_that_waits_for_more_than_there_are(server):
+    with (
+        Session.listen("127.0.0.1:0", receivers=4, device="cpu", settings=QUICK) as session,
+        pytest.raises(ConfigMismatch, match="4 receivers, .* 1 workers"),
+    ):
+        updater_of(server, session).connect()
+    assert server.came == ["get_world_size"]
+
+
+@pytest.mark.parametrize("route", ["pause", "start_weight_update"])
+def test_what_fails_before_the_sync_sends_nothing_and_resumes(server, session, route):
+    updater = connected(server, session)
+    server.refuse[route] = (500, "[packedcomm:CapacityError] no memory")
+
+    with pytest.raises(CapacityError, match="^no memory"):
+        updater.update(FullWeightSender(weights(6.0), session))
+
+    assert server.came[-1] == "resume"
+    assert "update_weights" not in server.came
+    server.refuse.clear()
+    updater.update(FullWeightSender(weights(6.0), session))
+    assert_holds(server, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("internal server error", RemoteError), (marked(CapacityError("full")), CapacityError)],
+)
+def test_an_update_that_the_server_refuses_ends_the_sync_soon(server, session, text, error):
+    updater = connected(server, session)
+
+    def refuse(body):
+        server.active = False
+        raise Exception(text)
+
+    server.refuse["update_weights"] = refuse
+    begin = time.monotonic()
+    with pytest.raises(error, match="internal server error|^full"):
+        updater.update(FullWeightSender(weights(8.0), session))
+    assert time.monotonic() - begin < 3
+    assert server.came == [*CYCLE[:3], "resume"]
+
+    server.refuse.clear()
+    for value in (8.0, 9.0):
+        updater.update(FullWeightSender(weights(value), session))
+        assert_holds(server, value)
+
+
+def test_the_first_update_refused_ends_the_sync_soon(server, session):
+    updater = updater_of(server, session)
+    updater.connect()
+    server.refuse["update_weights"] = (400, "Missing 'update_info' in request body")
+    begin = time.monotonic()
+    with pytest.raises(RemoteError, match="HTTP 400: Missing"):
+        updater.update(FullWeightSender(weights(), session))
+    assert time.monotonic() - begin < 3
+    assert server.came[-1] == "resume"
+
+
+def test_a_manifest_that_does_not_fit_is_the_same_error_on_both_sides(server, session):
+    updater = connected(server, session)
+    with pytest.raises(ManifestError, match="receiver rank 1: .*'c'"):
+        updater.update(FullWeightSender({**weights(), "c": torch.ones(1)}, session))
+    assert server.came == [*CYCLE[:3], "resume"]
+    updater.update(FullWeightSender(weights(2.0), session))
+    assert_holds(server, 2.0)
+
+
+def test_a_worker_that_dies_in_the_middle(server, session):
+    updater = connected(server, session)
+
+    def die(manifest):
+        server.receivers[0].session.abort("killed")
+        raise PeerLost("killed")
+
+    server.receivers[0]._following._target.commit = die
+    with pytest.raises(PeerLost, match="receiver rank 1"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert server.came[-1] == "resume"
+    updater.connect()
+    updater.update(FullWeightSender(weights(2.0), session))
+    assert_holds(server, 2.0)
+
+
+def test_a_finish_that_fails_says_that_it_was_committed_and_is_made_up_for(server, session):
+    updater = connected(server, session)
+    server.refuse["finish_weight_update"] = (500, "no kernel")
+    with pytest.raises(RemoteError, match="no kernel"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert server.came == CYCLE
+
+    server.refuse.clear()
+    server.came.clear()
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert server.came[1:4] == ["start_weight_update", "finish_weight_update", CYCLE[1]]
+    assert_holds(server, 3.0)
+
+
+def test_a_resume_that_fails_is_raised_and_a_note_of_an_earlier_failure(server, session):
+    updater = connected(server, session)
+    server.refuse["resume"] = (500, "stuck")
+    with pytest.raises(RemoteError, match="stuck"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    server.refuse["start_weight_update"] = (500, "first")
+    with pytest.raises(RemoteError, match="first") as caught:
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert any("stuck" in note for note in caught.value.__notes__)
+
+
+def test_one_engine_of_two_fails(server, session):
+    with VllmServer(weights()) as other:
+        updater = EngineUpdater([HttpEngine(s.url) for s in (server, other)], session)
+        updater.connect()
+        updater.update(FullWeightSender(weights(1.0), session))
+        other.refuse["start_weight_update"] = (500, "not me")
+        with pytest.raises(RemoteError, match=f"{other.url}.*not me"):
+            updater.update(FullWeightSender(weights(2.0), session))
+        assert not server.active
+        other.refuse.clear()
+        updater.update(FullWeightSender(weights(2.0), session))
+        assert_holds(server, 2.0)
+        assert_holds(other, 2.0)
+
+
+def test_a_server_that_is_gone(server, session):
+    updater = connected(server, session)
+    server.stop()
+    with pytest.raises(PeerLost, match=f"POST {server.url}/pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+
+
+def test_a_server_that_hangs_meets_the_deadline(server, session):
+    updater = EngineUpdater(HttpEngine(server.url, timeout_s=1), session)
+    updater.connect()
+    updater.update(FullWeightSender(weights(), session))
+    go_on = threading.Event()
+    server.refuse["update_weights"] = lambda body: go_on.wait(20)
+    try:
+        with pytest.raises(DeadlineExceeded, match="no answer within 1 s"):
+            updater.update(FullWeightSender(weights(2.0), session))
+    finally:
+        server._leave()
+        go_on.set()
+    assert server.came[-1] == "resume"
+
+
+def test_nothing_connected_a_foreign_sender_and_objects_that_are_no_engines(server, session):
+    updater = updater_of(server, session)
+    with pytest.raises(SessionStateError, match="call connect"):
+        updater.update(FullWeightSender(weights(), session))
+    with (
+        Session.listen("127.0.0.1:0", receivers=1, device="cpu") as other,
+        pytest.raises(ArgumentError, match="another session"),
+    ):
+        updater.update(FullWeightSender(weights(), other))
+    for engines in ([], object(), "http://127.0.0.1"):
+        with pytest.raises(ArgumentError):
+            EngineUpdater(engines, session)
+    with pytest.raises(ArgumentError, match="pause_mode"):
+        updater_of(server, session, pause_mode="stop")
+    with pytest.raises(ArgumentError, match="base_url"):
+        HttpEngine("127.0.0.1:8000")
+
+
+def test_the_client_imports_where_vllm_can_not_be():
+    code = (
+        "import sys; sys.modules['vllm'] = sys.modules['ray'] = sys.modules['requests'] = None; "
+        "import packedcomm.engines.vllm.client as c; print(c.HttpEngine('http://h:1'))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "HttpEngine" in run.stdout

@@ -1,0 +1,225 @@
+"""Engines that are called without HTTP, the text of errors, and the stock backend over Gloo."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import pytest
+import torch
+
+from packedcomm import FullWeightSender, GlooCommunicator, Session
+from packedcomm.engines.vllm import stock
+from packedcomm.engines.vllm.client import EngineUpdater, LocalEngine, RayEngine
+from packedcomm.engines.vllm.markers import marked, unmarked
+from packedcomm.engines.vllm.stock import StockReceiver, StockSender, StockWire
+from packedcomm.errors import ArgumentError, ManifestError, PeerLost, RemoteError, VersionMismatch
+from tests.helpers.sessions import QUICK
+from tests.helpers.vllm_server import VllmServer
+
+
+def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((33, 7), value), "b.bias": torch.full((5,), -value)}
+
+
+@pytest.fixture
+def server():
+    with VllmServer(weights()) as started:
+        yield started
+
+
+class Llm:
+    """Takes what vLLM's LLM takes, of a version that knows weight versions."""
+
+    llm_engine = None
+
+    def __init__(self, server: VllmServer) -> None:
+        self._server = server
+
+    def init_weight_transfer_engine(self, request):
+        self._server._init_weight_transfer_engine({"init_info": request["init_info"]})
+
+    def start_weight_update(self):
+        self._server._start_weight_update(None)
+
+    def update_weights(self, request):
+        self._server._update_weights({"update_info": request["update_info"]})
+
+    def finish_weight_update(self, weight_version=None):
+        self._server._finish_weight_update({"weight_version": weight_version})
+
+    def get_world_size(self):
+        return 1
+
+
+class OldLlm(Llm):
+    """The same before 0.27."""
+
+    def finish_weight_update(self):
+        self._server._finish_weight_update(None)
+
+
+class Actor:
+    """A Ray handle of an object: `.method.remote(...)`, whose arguments are pickled."""
+
+    def __init__(self, target) -> None:
+        self._target = target
+
+    def __getattr__(self, name):
+        method = getattr(self._target, name)
+
+        class Method:
+            @staticmethod
+            def remote(*arguments, **options):
+                arguments, options = pickle.loads(pickle.dumps((arguments, options)))
+                return lambda: method(*arguments, **options)
+
+        return Method
+
+
+@pytest.mark.parametrize(
+    ("engine", "version"),
+    [
+        (LocalEngine, "0"),
+        (lambda llm: llm, "0"),
+        (lambda llm: LocalEngine(OldLlm(llm._server)), None),
+        (lambda llm: RayEngine(Actor(llm), lambda references: [r() for r in references]), None),
+    ],
+    ids=["local", "bare", "old", "ray"],
+)
+def test_engines_without_http(server, engine, version):
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(engine(Llm(server)), session)
+        assert updater.connect() == 1
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert all(torch.equal(server.workers[0][n], t) for n, t in weights(2.0).items())
+    assert server.version == version
+
+
+def test_markers_survive_what_vllm_does_to_text():
+    for error in (ManifestError("no 'a'\nno 'b'"), RemoteError("[x] y"), PeerLost("")):
+        again = unmarked(f"Call to collective_rpc method failed: {marked(error)}")
+        assert (type(again), str(again)) == (type(error), str(error))
+    other = unmarked(marked(KeyError("q")))
+    assert (type(other), str(other)) == (RemoteError, "KeyError: 'q'")
+    assert type(unmarked("[packedcomm:listed] text")) is RemoteError
+    assert unmarked("[packedcomm] text") is None
+
+
+class StockEngine:
+    """Two workers of a stock engine, of which this process has both."""
+
+    def __init__(self, version: str, target: list[dict[str, torch.Tensor]]) -> None:
+        self.version = version
+        self.target = target
+        self.infos: list[dict] = []
+        self.receivers: list[StockReceiver] = []
+
+    def get_version(self):
+        return self.version
+
+    def get_world_size(self):
+        return len(self.target)
+
+    def init_weight_transfer_engine(self, init_info):
+        self.infos.append(init_info)
+        address = f"{init_info['master_address']}:{init_info['master_port']}"
+        self.receivers = [None] * len(self.target)
+
+        def join(index):
+            group = GlooCommunicator.connect(
+                address, init_info["rank_offset"] + index, init_info["world_size"]
+            )
+            self.receivers[index] = StockReceiver(group, init_info)
+
+        in_threads(join, len(self.target))
+
+    def start_weight_update(self): ...
+
+    def update_weights(self, update_info):
+        self.infos.append(update_info)
+
+        def receive(index):
+            self.receivers[index].receive(update_info, lambda items: self.load(index, items))
+
+        in_threads(receive, len(self.target))
+
+    def load(self, index, items):
+        for name, tensor in items:
+            self.target[index][name].copy_(tensor)
+
+    def finish_weight_update(self): ...
+
+    def close(self):
+        for receiver in self.receivers:
+            receiver.close()
+
+
+def in_threads(call, count):
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+
+class Library:
+    version = (2, 29, 7)
+
+
+@pytest.fixture
+def over_gloo(monkeypatch):
+    """The stock sender's group, without GPUs."""
+
+    def from_vllm(host, port, rank, world_size, *, timeout_s, listener, **options):
+        return GlooCommunicator.connect(listener, rank, world_size, timeout_s=timeout_s)
+
+    monkeypatch.setattr(stock.NcclCommunicator, "from_vllm", staticmethod(from_vllm))
+    monkeypatch.setattr(stock, "find_nccl", lambda settings: Library)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("version", ["0.27.1", "0.28.0", "0.33.0"])
+def test_the_stock_backend_both_ways(over_gloo, version, packed):
+    target = [{name: torch.zeros_like(t) for name, t in weights().items()} for _ in range(2)]
+    engine = StockEngine(version, target)
+    wire = StockWire(packed=packed, buffer_size_bytes=64)
+    with StockSender(engine, "127.0.0.1:0", device="cpu", wire=wire, settings=QUICK) as sender:
+        sender.connect()
+        for value in (1.0, 2.0):
+            sender.send(weights(value))
+            for held in target:
+                assert all(torch.equal(held[name], t) for name, t in weights(value).items())
+    engine.close()
+    init, update = engine.infos[0], engine.infos[-1]
+    assert (init["rank_offset"], init["world_size"]) == (1, 3)
+    assert update["dtype_names"] == ["float32", "float32"]
+    assert ("packed" in init) is (version != "0.27.1")
+    assert ("packed" in update) is (version == "0.27.1")
+
+
+def test_a_stock_engine_that_refuses_ends_the_transfer(over_gloo):
+    engine = StockEngine("0.32.0", [weights()])
+    with StockSender(engine, "127.0.0.1:0", device="cpu", settings=QUICK) as sender:
+        sender.connect()
+
+        def refuse(update_info):
+            raise RuntimeError("[packedcomm:ManifestError] no such name")
+
+        engine.update_weights = refuse
+        with pytest.raises(ManifestError, match="^no such name"):
+            sender.send({"big": torch.zeros(1 << 22)})
+        assert sender.group is None
+    engine.close()
+
+
+def test_an_nccl_that_does_not_fit_is_named_before_anything_is_called(over_gloo, monkeypatch):
+    engine = StockEngine("0.30.0", [weights()])
+    monkeypatch.setattr(Library, "version", (2, 28, 9))
+    for options in ({}, {"vllm_version": "0.29.0", "nccl_version": "2.27.5"}):
+        with pytest.raises(VersionMismatch, match=r"2\.28\.9"):
+            StockSender(engine, "127.0.0.1:0", device="cpu", **options).connect()
+    engine.version = None
+    with pytest.raises(ArgumentError, match="give vllm_version"):
+        StockSender(engine, "127.0.0.1:0", device="cpu").connect()
+    assert engine.infos == []

@@ -1,0 +1,183 @@
+"""The real engine with adapters, in this process, and PEFT models to compare it with.
+
+To be imported before vllm, which reads some of what is set here at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+
+# Before vLLM is imported, which reads some of it at once.
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+    "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_root"),
+}
+
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from packedcomm import WeightReceiver
+from packedcomm.engines.vllm.adapters import adapter_target, install_adapter_hook
+from tests.helpers.in_process import Round
+
+CPU = torch.device("cpu")
+PROMPTS = ([1, 5, 9, 7, 300, 411], [3, 100, 200])
+TOKENS = 8
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.08,
+}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**COMMON))
+
+
+def qwen3_moe():
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **experts, norm_topk_prob=True))
+
+
+class Trainer:
+    """A PEFT model whose adapter takes new random values at will."""
+
+    def __init__(self, model, **config):
+        config = {"r": 8, "lora_alpha": 24, "target_modules": LINEAR} | config
+        self.model = get_peft_model(copy.deepcopy(model), LoraConfig(**config)).eval()
+
+    def randomise(self, seed, generate=True):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.2, generator=generator)
+        return generated(self.model) if generate else None
+
+
+def generated(model):
+    """Greedy tokens for each prompt, and their log-probabilities."""
+    result = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        with torch.no_grad():
+            logits = model(input_ids=out).logits[0, len(prompt) - 1 : -1].float()
+        tokens = out[0, len(prompt) :]
+        found = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        result.append((tokens.tolist(), found))
+    return result
+
+
+class Engine:
+    """The engine, in this process unless told otherwise, with the hook installed here."""
+
+    def __init__(self, model, path, **options):
+        from vllm import LLM
+
+        model.save_pretrained(path)
+        install_adapter_hook()
+        self.base = generated(model)
+        self.llm = LLM(
+            model=str(path),
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=64,
+            max_num_seqs=4,
+            max_num_batched_tokens=128,
+            enable_prefix_caching=False,
+            enable_lora=True,
+            max_lora_rank=16,
+            **options,
+        )
+
+    def request(self, name, number, path=None, **options):
+        from vllm.lora.request import LoRARequest
+
+        path = path or f"packedcomm:{name}"
+        return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path, **options)
+
+    def generate(self, request=None):
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)
+        result = []
+        for output in (o.outputs[0] for o in outputs):
+            tokens = list(output.token_ids)
+            found = [at[t].logprob for t, at in zip(tokens, output.logprobs, strict=True)]
+            result.append((tokens, torch.tensor(found)))
+        return result
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def worker(self):
+        return self.llm.llm_engine.model_executor.driver_worker.worker
+
+    @property
+    def model(self):
+        return self.worker.get_model()
+
+    def slots(self):
+        return list(self.model.lora_manager.lora_index_to_id)
+
+    def target(self, name):
+        return adapter_target(self.model, self.worker.vllm_config, CPU, name)
+
+    def sync(self, sender, session, name):
+        """One sync into the adapter; what the sender and the worker got of it."""
+        receiver = WeightReceiver(self.target(name), session)
+        done = Round(sender.sync, [receiver])
+        return done.sent, done.received[0]
+
+
+def agree(found, expected):
+    for (tokens, scores), (expected_tokens, expected_scores) in zip(found, expected, strict=True):
+        assert tokens == expected_tokens
+        torch.testing.assert_close(scores, expected_scores, atol=2e-4, rtol=0)
+
+
+def differ(one, other):
+    return [tokens for tokens, _ in one] != [tokens for tokens, _ in other]
+
+
+def succeeded(outcome):
+    sent, received = outcome
+    assert not isinstance(sent, Exception), sent
+    assert not isinstance(received, Exception), received
+    return sent
