@@ -117,7 +117,7 @@ class Trainer:
                 autocast_adapter_dtype=False,
             )
         self.held = {}
-        model.to_empty(device=self.device)
+        model.to(torch.bfloat16).to_empty(device=self.device)
         self.session = Session.listen("127.0.0.1:0", receivers=1, device=self.device)
         self.sender = LoraSender(model, self.session)
         self.held = {

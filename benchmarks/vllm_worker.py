@@ -54,6 +54,8 @@ class Extension:
         manager: Any = self.get_model().lora_manager  # type: ignore[attr-defined]
         found = {}
         for name, layer in manager.modules.items():
+            if not isinstance(layer.lora_a_stacked, tuple):
+                continue  # embeddings and the head, which the adapter leaves alone
             for index, (a, b) in enumerate(
                 zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
             ):

@@ -137,6 +137,8 @@ class ReceiverSession(SessionEnd):
     def poll(self, timeout_s: float | None) -> Message | None:
         """As `receive`, but None if nothing came in time."""
         deadline = deadline_after(timeout_s)
+        # Whoever is told to receive is often about to be sent something.
+        soon = True
         while True:
             self._check_open("receive")
             if self._inbox:
@@ -164,7 +166,8 @@ class ReceiverSession(SessionEnd):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            self._pump(remaining, soon=self.state not in AT_REST)
+            self._pump(remaining, soon=soon or self.state not in AT_REST)
+            soon = False
 
     def reply(self, message: Message) -> None:
         """Answer the message that `receive` returned last.

@@ -44,6 +44,9 @@ class Lane(Protocol):
     def tail(self) -> Mark:
         """The end of everything that was given to this lane."""
 
+    def retire(self) -> None:
+        """Nothing is given to this lane any more."""
+
     def start_timing(self) -> None:
         """Forget earlier times and measure the work that follows."""
 
@@ -61,11 +64,21 @@ class Caller(Protocol):
         """Let what the caller starts from now on come after the mark."""
 
 
+# Streams that no lane uses any more. A stream takes a megabyte of GPU memory when it is first used
+# and never gives it back, so that a new one for each session would look like a leak for a while.
+_IDLE: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
 class StreamLane:
     """A dedicated CUDA stream; `run` enqueues, with the stream current, and returns at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
+        idle = _IDLE.setdefault(device, [])
+        try:
+            self.stream = idle.pop()
+        except IndexError:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._timing = False
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -83,6 +96,10 @@ class StreamLane:
 
     def tail(self) -> Mark:
         return self._event()
+
+    def retire(self) -> None:
+        """Leave the stream to a later lane; nothing is run here any more."""
+        _IDLE[self._device].append(self.stream)
 
     def start_timing(self) -> None:
         self._timing = True
@@ -123,6 +140,9 @@ class InlineLane:
 
     def tail(self) -> Mark:
         return None
+
+    def retire(self) -> None:
+        pass
 
     def start_timing(self) -> None:
         self._seconds = 0.0

@@ -105,6 +105,11 @@ class Pipeline:
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._next = 0
 
+    def retire(self) -> None:
+        """Leave the lanes to a later pipeline; this one isn't used again."""
+        for lane in (self.wire, self.copy, self.digest):
+            lane.retire()
+
     def begin(self, num_buffers: int) -> None:
         """Adopt the caller's present stream or thread and have `num_buffers` slots."""
         self.caller = CallerStream(self.device) if self.device.type == "cuda" else CallerThread()
@@ -229,7 +234,8 @@ class _PipelineCache:
 
     def drop(self, group: Any) -> None:
         with suppress(TypeError):
-            self._by_group.pop(group, None)
+            for pipeline in (self._by_group.pop(group, None) or {}).values():
+                pipeline.retire()
 
 
 PIPELINES = _PipelineCache()

@@ -1,4 +1,4 @@
-"""packedcomm as a weight transfer backend of vLLM: `weight_transfer_config={"backend": "packedcomm"}`.
+"""packedcomm as a weight transfer backend of vLLM: `{"backend": "packedcomm"}`.
 
 `register` is the entry point that vLLM calls in each of its processes. The trainer's side is in
 `packedcomm.engines.vllm.client`, which needs no vLLM.

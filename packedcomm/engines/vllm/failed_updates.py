@@ -1,7 +1,7 @@
 """After an update that has failed, the next one may begin on every worker.
 
-Only the last worker raises (see `outcome`), so only there vLLM notes that no update is under way any
-more. The others would refuse the next one.
+Only the last worker raises (see `outcome`), so only there vLLM notes that no update is under way
+any more. The others would refuse the next one.
 """
 
 from __future__ import annotations

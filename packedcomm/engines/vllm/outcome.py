@@ -50,10 +50,10 @@ def agree_on(call: Callable[[], None], group: Any) -> Exception | None:
         return None
     rank, text = failed[0]
     found = unmarked(text) or RemoteError(text)
-    error = type(found)(f"worker {rank} of {group.world_size}: {found}")
+    agreed = type(found)(f"worker {rank} of {group.world_size}: {found}")
     if group.rank_in_group == group.world_size - 1:
-        raise _told(error) from own
-    return error
+        raise _told(agreed) from own
+    return agreed
 
 
 def _told(error: Exception) -> Exception:

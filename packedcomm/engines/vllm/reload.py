@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,8 +20,8 @@ __all__ = ["Reload", "Watch"]
 Named = tuple[str, torch.Tensor]
 
 
-class Watch:
-    """Is told of every layer that a reload completes. This one does nothing."""
+class Watch(Protocol):
+    """Is told of every layer that a reload completes."""
 
     def enter_layer(self, layer: str, loaded: Iterable[object]) -> None:
         """A layer has everything, and will be loaded from these values now."""
@@ -71,7 +71,7 @@ class Reload:
         for root in self._roots:
             initialize_layerwise_reload(root)
             for module in root.modules():
-                method = getattr(module, "quant_method", None)
+                method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None and _on_cpu(module):
                     # Only a layer without one has its experts packed anew.
                     self._kernels.append((method, method.moe_kernel))
@@ -84,7 +84,7 @@ class Reload:
             items: names and tensors.
             watch: is told of layers that are completed by them.
         """
-        with self._watched(watch or Watch()), self._configured():
+        with self._watched(watch), self._configured():
             given = ((self._name(name), tensor) for name, tensor in items)
             self._model.load_weights(given)
 
@@ -92,7 +92,7 @@ class Reload:
         """Complete what is left, such as layers with padding, and attention."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        with self._watched(watch or Watch()), self._configured():
+        with self._watched(watch), self._configured():
             for root in self._roots:
                 finalize_layerwise_reload(root, self._model_config)
         self._kernels.clear()
@@ -171,7 +171,7 @@ class Reload:
             yield
 
     @contextlib.contextmanager
-    def _watched(self, watch: Watch) -> Iterator[None]:
+    def _watched(self, watch: Watch | None) -> Iterator[None]:
         """Whoever completes a layer calls this by its name in its module, so it can be followed."""
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -182,12 +182,14 @@ class Reload:
             loaded = [
                 value for _, bound in info.loaded_weights for value in bound.arguments.values()
             ]
-            watch.enter_layer(name, loaded)
+            if watch is not None:
+                watch.enter_layer(name, loaded)
             try:
                 original(layer, info)
             finally:
                 self.changed.add(name)
-                watch.leave_layer()
+                if watch is not None:
+                    watch.leave_layer()
 
         layerwise._layerwise_process = process
         try:

@@ -31,7 +31,7 @@ if not hasattr(base, "TrainerWeightTransferEngine"):
 
 
 @dataclass
-class PackedCommTrainerInitInfo(base.TrainerInitInfo):  # type: ignore[misc]
+class PackedCommTrainerInitInfo(base.TrainerInitInfo):
     """What the trainer's side is made of; rank 0 sends.
 
     The job's secret isn't among it: trainer and workers read it from their environment
@@ -65,7 +65,7 @@ class PackedCommTrainerInitInfo(base.TrainerInitInfo):  # type: ignore[misc]
     """Where the weights are; None is the current GPU if there is one, else the CPU."""
 
 
-class PackedCommTrainerEngine(base.TrainerWeightTransferEngine):  # type: ignore[misc]
+class PackedCommTrainerEngine(base.TrainerWeightTransferEngine):
     """vLLM's trainer engine over a session. Make one with `WeightTransferTrainerFactory`, after
     `register_trainer`, or with `trainer_init`.
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("packedcomm")
 # Manifests whose recordings are kept.
 _KEPT = 4
 
-# Above this share of the bytes the loader gets everything: what it must be given needs memory aside.
+# Above this share of the bytes the loader gets everything: what it is given needs memory aside.
 _MOST_BY_LOADER = 0.25
 
 
@@ -168,7 +168,7 @@ class _Loaded:
         self._reload: Reload | None = None
         weights.way = self.way
 
-    def __call__(self, version: int, items: list[tuple[str, torch.Tensor]]) -> None:
+    def __call__(self, _version: int, items: list[tuple[str, torch.Tensor]]) -> None:
         if self._reload is None:
             self._begin()
         assert self._reload is not None

@@ -189,7 +189,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.failed = agree_on(call, _workers()) is not None
 
     @staticmethod
-    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:  # noqa: ARG004
         """Not the way of this backend, which vLLM up to 0.27 asks every engine for."""
         raise SessionStateError("send with packedcomm.FullWeightSender in the trainer's session")
 
