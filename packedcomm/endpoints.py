@@ -39,7 +39,10 @@ class Target(Protocol):
 
 @runtime_checkable
 class TargetChooser(Protocol):
-    """Where received tensors are written depends on what is offered."""
+    """Where received tensors are written depends on what is offered.
+
+    A chooser may have an attribute `notes`, up to 16 texts of up to 512 bytes, for whoever sends.
+    """
 
     def choose(self, manifest: Manifest) -> Any:
         """The target or callback for a manifest; asked once per sync, before it is agreed to.

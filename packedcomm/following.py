@@ -60,6 +60,7 @@ class Update:
     verified: bool = False
     changed_tensors: int | None = None
     changes: Mapping[str, ChangeStatistics] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -278,7 +279,8 @@ class Following:
                 changes = change_statistics(target.staged_pairs(manifest))
         session.phases.enter(SyncState.STAGED)
         packed = b"" if digests is None else packed_digests(digests)
-        session.reply(Staged(dict(seconds), packed, changes))
+        notes = tuple(getattr(self._given, "notes", ()))
+        session.reply(Staged(dict(seconds), packed, changes, notes))
         with measured(seconds, "commit"):
             staged = shown is None
             self._await_decision(offer, manifest, staged=staged)
@@ -288,7 +290,7 @@ class Following:
             regions = self._held[manifest.digest].regions
             changed = self._changes.count(manifest, digests, regions)
         return Update(
-            offer.version, len(manifest), manifest.nbytes, seconds, verify, changed, changes
+            offer.version, len(manifest), manifest.nbytes, seconds, verify, changed, changes, notes
         )
 
     def _await_decision(self, offer: Offer, manifest: Manifest, *, staged: bool) -> None:

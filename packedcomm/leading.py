@@ -266,6 +266,15 @@ class Leading:
             session.committed_generation = session.generation
         return combined_changes([vote.changes for vote in self._votes])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What receivers have said of the last sync, by rank."""
+        return tuple(
+            f"receiver rank {rank}: {note}"
+            for rank, vote in enumerate(self._votes, 1)
+            for note in vote.notes
+        )
+
     def give_up(self, error: BaseException) -> None:
         """After a failure when all had agreed and nothing had been sent yet; at other times nothing
         happens.

@@ -360,4 +360,5 @@ class WeightReceiver:
             changed_tensors=update.changed_tensors,
             verified=update.verified,
             changes=update.changes,
+            notes=update.notes,
         )

@@ -90,6 +90,10 @@ class SyncResult(Mapping[str, Any]):
     changes: Mapping[str, ChangeStatistics] = field(default_factory=dict)
     """Statistics of the change by tensor, where the receiver was asked for them."""
 
+    notes: tuple[str, ...] = ()
+    """What receivers have to say of how they took it in, such as which layers of an engine can't be
+    written in place, and why."""
+
     fallback_reason: str | None = None
     """Why a slower transport than the one asked for was used."""
 

@@ -157,6 +157,7 @@ class FullWeightSender:
             receivers=self._session.world_size - 1 if self._session else 0,
             left_out=snapshot.left_out,
             changes=changes,
+            notes=() if self._leading is None else self._leading.notes,
         )
 
     def no_change(self, version: int | None = None) -> SyncResult:

@@ -281,6 +281,9 @@ class Staged(Message):
     changes: Changes = field(default_factory=dict)
     """Statistics by tensor, where they were asked for."""
 
+    notes: Annotated[tuple[str, ...], tuple_of(text(512, 1), 16)] = ()
+    """What whoever sent this should know of how it was taken in."""
+
     def conflict(self) -> str | None:
         size = len(self.digests)
         return f"{size} bytes are no digests of 8 bytes" if size % 8 else None

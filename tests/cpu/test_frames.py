@@ -114,7 +114,13 @@ messages = st.one_of(
     st.builds(Ready, st.booleans(), st.none() | st.lists(regions, max_size=20).map(tuple)),
     st.builds(NeedManifest),
     st.builds(NoChange, versions, versions),
-    st.builds(Staged, seconds, digest_bytes, changes),
+    st.builds(
+        Staged,
+        seconds,
+        digest_bytes,
+        changes,
+        st.lists(st.text(min_size=1, max_size=100), max_size=16).map(tuple),
+    ),
     st.builds(Commit, versions),
     st.builds(Committed, versions),
     st.builds(Cancel, kinds, texts, texts, st.booleans()),
@@ -291,9 +297,9 @@ BAD = {
     "a flag that is a number": _wire("Offer", *_with(_OFFER, 6, 1)),
     "an offer that verifies somehow": _wire("Offer", *_with(_OFFER, 5, "maybe")),
     "an offer without buffers": _wire("Offer", *_with(_OFFER, 4, 0)),
-    "part of a digest": _wire("Staged", [], b"1234567", []),
-    "digests that are no bytes": _wire("Staged", [], 3, []),
-    "nesting": _wire("Staged", [], [[1]], []),
+    "part of a digest": _wire("Staged", [], b"1234567", [], []),
+    "digests that are no bytes": _wire("Staged", [], 3, [], []),
+    "nesting": _wire("Staged", [], [[1]], [], []),
     "a Beat in an unknown state": _wire("Beat", "asleep", ""),
     "a Beat that waits for many": _wire("Beat", "idle", "x" * 300),
     "a Connect to nobody": _wire("Connect", b"", ""),
@@ -311,16 +317,18 @@ BAD = {
     "a region whose scale is an integer": _wire("Ready", True, [_with(_REGION, 4, 1)]),
     "a region with 65 dimensions": _wire("Ready", True, [[0, [0] * 65, [1] * 65, "int8", 1.0]]),
     "a region that is a number": _wire("Ready", True, [3]),
-    "seconds that are NaN": _wire("Staged", [["wire", math.nan]], b"", []),
-    "seconds that are negative": _wire("Staged", [["wire", -1.0]], b"", []),
-    "seconds under one name twice": _wire("Staged", [["wire", 1.0], ["wire", 1.0]], b"", []),
-    "seconds without a name": _wire("Staged", [[1.0]], b"", []),
-    "seconds under an array": _wire("Staged", [[["wire"], 1.0]], b"", []),
-    "too many phases": _wire("Staged", [[f"p{i}", 1.0] for i in range(65)], b"", []),
-    "changes with a count that is a float": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, 4.0]]]),
-    "changes with a negative count": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, -1]]]),
-    "changes with an integer": _wire("Staged", [], b"", [["w", [1, 2.0, 3.0, 1]]]),
-    "changes of a tensor without a name": _wire("Staged", [], b"", [["", [1.0, 2.0, 3.0, 1]]]),
+    "seconds that are NaN": _wire("Staged", [["wire", math.nan]], b"", [], []),
+    "seconds that are negative": _wire("Staged", [["wire", -1.0]], b"", [], []),
+    "seconds under one name twice": _wire("Staged", [["wire", 1.0], ["wire", 1.0]], b"", [], []),
+    "seconds without a name": _wire("Staged", [[1.0]], b"", [], []),
+    "seconds under an array": _wire("Staged", [[["wire"], 1.0]], b"", [], []),
+    "too many phases": _wire("Staged", [[f"p{i}", 1.0] for i in range(65)], b"", [], []),
+    "changes with a count that is a float": _wire(
+        "Staged", [], b"", [["w", [1.0, 2.0, 3.0, 4.0]]], []
+    ),
+    "changes with a negative count": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, -1]]], []),
+    "changes with an integer": _wire("Staged", [], b"", [["w", [1, 2.0, 3.0, 1]]], []),
+    "changes of a tensor without a name": _wire("Staged", [], b"", [["", [1.0, 2.0, 3.0, 1]]], []),
     "a Hello of an unknown device": _wire("Hello", *_with(_HELLO, 3, "tpu")),
     "a Hello without a version": _wire("Hello", *_with(_HELLO, 0, "")),
     "a Hello without byte formats": _wire("Hello", *_with(_HELLO, 6, [])),
@@ -341,7 +349,7 @@ def test_names_are_text_before_they_are_hashed():
     for key in (3, 3.0, None, True, b"w", [1]):
         for fields_ in ([[[key, 1.0]], b"", []], [[], b"", [[key, [1.0, 2.0, 3.0, 1]]]]):
             with pytest.raises(ProtocolError, match="a name must be text, not"):
-                decode(_wire("Staged", *fields_))
+                decode(_wire("Staged", *fields_, []))
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -114,6 +114,16 @@ class ModelWeights:
             found.update(recording.reasons)
         return found
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the present update is carried out, and why not otherwise, for the trainer."""
+        reasons = [
+            _short(f"{layer or 'the model'} stays with the engine's loader: {reason}")
+            for layer, reason in self.reasons.items()
+        ]
+        more = [f"and {len(reasons) - 14} more layers"] if len(reasons) > 14 else []
+        return (self.way, *reasons[:14], *more)
+
     def reload(self, layers: list[str] | None = None) -> Reload:
         """A new reload, which `take_back` would take back."""
         model_config, vllm_config = self._configs
@@ -154,6 +164,10 @@ class ModelWeights:
         reload.begin()
         reload.load(items)
         reload.end()
+
+
+def _short(text: str) -> str:
+    return text.encode()[:500].decode(errors="ignore")
 
 
 class _Loaded:
