@@ -209,7 +209,7 @@ def box_in(
     axes = _split(move.axes, lambda axis: axis.src, steps, sizes, [offset[d] for d in wide])
     box, strides = [1] * len(shape), [itemsize] * len(shape)
     for axis in axes:
-        d = next((d for d in wide if dense[d] == axis.src), None)
+        d = next((d for d in wide if dense[d] == axis.src), None)  # type: ignore[assignment]
         if d is None or box[d] != 1 or offset[d] + axis.size > shape[d]:
             raise ValueError("what is read is no box of the tensor")
         box[d], strides[d] = axis.size, axis.dst

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from packedcomm.copying import Part, TensorRecord
+from packedcomm.engines.vllm.coverage import holds
+from packedcomm.engines.vllm.memories import Memory
 from packedcomm.engines.vllm.moves import box_in
-from packedcomm.engines.vllm.recording import Recorder, Write
+from packedcomm.engines.vllm.recording import Recorder
 from packedcomm.errors import TensorError
 from packedcomm.manifest import Manifest, TensorSpec
 
 __all__ = ["Entry", "RecordedTarget", "Recording", "live_tensors"]
-
-logger = logging.getLogger("packedcomm")
 
 # Integers by which elements are compared bit by bit.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,6 +39,11 @@ class Entry:
     at: int
     """Of the view's first element, in elements from the live tensor's first one."""
 
+    @property
+    def layer(self) -> str:
+        """Qualified name of the layer that the live tensor belongs to."""
+        return self.live.rpartition(".")[0]
+
     def view(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The live memory."""
         tensor = tensors[self.live].detach()
@@ -46,6 +51,8 @@ class Entry:
 
     def box(self, received: torch.Tensor) -> torch.Tensor:
         """The box of the tensor as it was received."""
+        if self.shape == received.shape:
+            return received
         return received[
             tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
         ]
@@ -53,7 +60,7 @@ class Entry:
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's parameters and buffers by qualified name, those that share memory too."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
 
@@ -78,8 +85,6 @@ class Recording:
     proved: bool = False
     """Whether a second update has shown the loader doing the same."""
 
-    _awaited: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-
     @classmethod
     def of(
         cls,
@@ -96,13 +101,15 @@ class Recording:
         """
         written = recorder.close()
         recording = cls({}, recorder.fed, dict(recorder.reasons))
-        for name, writes in written.items():
-            layer = name.rpartition(".")[0]
-            found: list[tuple[str, Entry]] = []
+        for memory in written:
+            tensors = {name: live[name] for name in memory.live}
             try:
-                found = _entries(name, live[name], writes, manifest)
+                found = _entries(memory, tensors, recorder.fed, manifest)
             except ValueError as error:
-                recording.reasons.setdefault(layer, f"{name}: {error}")
+                # Another layer that shares the memory has nothing to do for it.
+                for layer in (memory.layers & recorder.fed.keys()) or memory.layers:
+                    recording.reasons.setdefault(layer, f"{memory.live[0]}: {error}")
+                continue
             for origin, entry in found:
                 recording.entries.setdefault(origin, []).append(entry)
         held = recording.layers
@@ -116,14 +123,23 @@ class Recording:
         recording._drop_layers()
         return recording
 
-    def give_up(self, layer: str, reason: str) -> None:
-        """A layer turns out not to be replayable."""
-        self.reasons.setdefault(layer, reason)
+    def give_up(self, reasons: Mapping[str, str]) -> None:
+        """Layers turn out not to be replayable.
+
+        Args:
+            reasons: by layer.
+        """
+        self.reasons = {**reasons, **self.reasons}
         self._drop_layers()
 
     def _drop_layers(self) -> None:
+        for layer in list(self.reasons):
+            if layer and not self.fed.get(layer):
+                # Reloading that layer alone would do nothing.
+                reason = f"{layer} isn't loaded from tensors of its own: {self.reasons[layer]}"
+                self.reasons.setdefault("", reason)
         for origin, entries in list(self.entries.items()):
-            kept = [e for e in entries if e.live.rpartition(".")[0] not in self.reasons]
+            kept = [entry for entry in entries if entry.layer not in self.reasons]
             if kept:
                 self.entries[origin] = kept
             else:
@@ -140,55 +156,46 @@ class Recording:
         found: dict[str, set[str]] = {}
         for origin, entries in self.entries.items():
             for entry in entries:
-                found.setdefault(entry.live.rpartition(".")[0], set()).add(origin)
+                found.setdefault(entry.layer, set()).add(origin)
         return found
 
 
 def _entries(
-    name: str, tensor: torch.Tensor, writes: Sequence[Write], manifest: Manifest
+    memory: Memory,
+    tensors: Mapping[str, torch.Tensor],
+    fed: Mapping[str, set[str]],
+    manifest: Manifest,
 ) -> list[tuple[str, Entry]]:
-    """What of a live tensor is which box.
+    """What of live memory is which box.
+
+    Args:
+        memory: as it was recorded.
+        tensors: those that are in it.
+        fed: from what layers were loaded.
+        manifest: of the update.
 
     Raises:
-        ValueError: some of it isn't known, or is written more than once.
+        ValueError: some of it isn't known, or is no box.
     """
-    size = tensor.element_size()
-    kind = str(tensor.dtype).removeprefix("torch.")
-    first = tensor.data_ptr()
-    base = tensor.detach()
-    # 1 is a constant, 2 a received element.
-    known = torch.zeros(_reach(tensor), dtype=torch.int8, device=tensor.device)
+    writes = holds(memory, tensors)
+    # Of tensors that are the same, the one whose layer was loaded stands for all.
+    names = sorted(tensors, key=lambda name: name.rpartition(".")[0] not in fed)
+    size = tensors[names[0]].element_size()
+    if size not in _BITS:
+        raise ValueError(f"elements of {size} bytes aren't compared")
+    places = [(name, tensors[name].data_ptr(), _reach(tensors[name]) * size) for name in names]
     found: list[tuple[str, Entry]] = []
     for write in writes:
-        if write.reason:
-            raise ValueError(write.reason)
-        move = write.move
-        if move.dst_dtype != kind:
-            raise ValueError(f"written as {move.dst_dtype}, is {kind}")
-        place = known.as_strided(
-            [axis.size for axis in move.axes],
-            [axis.dst // size for axis in move.axes],
-            (move.dst - first) // size,
-        )
-        if write.origin is None:
-            if bool((place == 2).any()):
-                raise ValueError("a constant overwrites what was received")
-            place.fill_(1)
-            continue
+        low, high = write.move.written
+        inside = ((name, start) for name, start, n in places if start <= low and high < start + n)
+        name, first = next(inside, ("", 0))
+        if not name or write.origin is None:
+            raise ValueError("written together with other memory")
         spec: TensorSpec = manifest.by_name[write.origin]
-        offset, shape, steps = box_in(move, 0, spec.shape, _itemsize(spec))
-        entry = Entry(
-            offset, shape, tuple(step // size for step in steps), name, (move.dst - first) // size
-        )
-        if (write.origin, entry) in found:
-            continue
-        if bool((place == 2).any()):
-            raise ValueError("written twice")
-        place.fill_(2)
-        found.append((write.origin, entry))
-    unknown = int((known.as_strided(base.shape, base.stride()) == 0).sum())
-    if unknown:
-        raise ValueError(f"{unknown:,} elements come from nowhere that was seen")
+        offset, shape, steps = box_in(write.move, 0, spec.shape, _itemsize(spec))
+        at = (write.move.dst - first) // size
+        strides = tuple(step // size for step in steps)
+        found.append((write.origin, Entry(offset, shape, strides, name, at)))
     return found
 
 
@@ -213,44 +220,39 @@ class Proof:
     def __init__(self, recording: Recording, live: Mapping[str, torch.Tensor]) -> None:
         self._recording = recording
         self._live = live
-        self._layers = recording.layers
+        # By layer, and by the received tensor that its boxes come from.
+        self._layers: dict[str, dict[str, list[Entry]]] = {}
+        for name, entries in recording.entries.items():
+            for entry in entries:
+                self._layers.setdefault(entry.layer, {}).setdefault(name, []).append(entry)
+        # How many layers are still to be compared with each received tensor.
+        self._waiting = Counter(name for names in self._layers.values() for name in names)
         self._received: dict[str, torch.Tensor] = {}
         self._differences: dict[str, torch.Tensor] = {}
         self._layer = ""
 
     def receive(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor that the loader is about to be given; kept until its layers are complete."""
-        if name in self._recording.entries:
+        if self._waiting[name]:
             self._received[name] = tensor
 
-    def enter_layer(self, layer: str, loaded: object) -> None:
+    def enter_layer(self, layer: str, loaded: object) -> None:  # noqa: ARG002
         """As `Watch.enter_layer`."""
         self._layer = layer
 
     def leave_layer(self) -> None:
         """As `Watch.leave_layer`: compare what the layer holds now."""
-        for name in self._layers.pop(self._layer, set()):
+        boxes = self._layers.pop(self._layer, None)
+        if boxes is None:
+            return
+        differ = []
+        for name, entries in boxes.items():
             received = self._received.get(name)
-            mine = [
-                entry
-                for entry in self._recording.entries[name]
-                if entry.live.rpartition(".")[0] == self._layer
-            ]
-            for entry in mine:
-                self._note(entry, received)
-            if not any(name in names for names in self._layers.values()):
+            differ += [_differs(entry.view(self._live), entry, received) for entry in entries]
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
                 self._received.pop(name, None)
-
-    def _note(self, entry: Entry, received: torch.Tensor | None) -> None:
-        view = entry.view(self._live)
-        if received is None:
-            differs = torch.ones((), dtype=torch.bool, device=view.device)
-        else:
-            bits = _BITS[view.element_size()]
-            expected = entry.box(received).to(view.dtype)
-            differs = (view.view(bits) != expected.view(bits)).any()
-        before = self._differences.get(self._layer)
-        self._differences[self._layer] = differs if before is None else before | differs
+        self._differences[self._layer] = torch.stack(differ).any()
 
     def end(self) -> None:
         """The update has ended: give up what differs, and what the loader hasn't touched."""
@@ -258,11 +260,21 @@ class Proof:
             # Without a moment at which it was complete: at the end it must be.
             self._layer = layer
             self.leave_layer()
-        for layer, differs in self._differences.items():
-            if bool(differs):
-                self._recording.give_up(layer, "holds other bytes than were recorded for it")
+        reason = "holds other bytes than were recorded for it"
+        self._recording.give_up(
+            {layer: reason for layer, differs in self._differences.items() if bool(differs)}
+        )
         self._received.clear()
         self._recording.proved = True
+
+
+def _differs(view: torch.Tensor, entry: Entry, received: torch.Tensor | None) -> torch.Tensor:
+    """Whether live memory holds anything else than its box of what was received."""
+    if received is None:
+        return torch.ones((), dtype=torch.bool, device=view.device)
+    bits = _BITS[view.element_size()]
+    expected = entry.box(received).to(view.dtype)
+    return (view.view(bits) != expected.view(bits)).any()
 
 
 class RecordedTarget:
@@ -330,7 +342,7 @@ class RecordedTarget:
             placed.append(parts)
         return placed
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest) -> None:  # noqa: ARG002
         """Give the loader what it must be given."""
         if self._aside:
             self._load(list(self._aside.items()))

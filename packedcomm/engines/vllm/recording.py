@@ -7,85 +7,45 @@ written to. What can't be followed isn't guessed: its layer stays on the loader'
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from packedcomm.engines.vllm.memories import (
+    Memory,
+    Places,
+    Write,
+    everywhere,
+    fills,
+    kind_of,
+    steps_of,
+)
 from packedcomm.engines.vllm.moves import Move, compose, dense_steps
 
 __all__ = ["Recorder", "Write"]
 
-_CONSTANT = frozenset({"aten::fill_", "aten::zero_"})
-_NEW_CONSTANT = frozenset(
-    f"aten::{name}"
-    for name in (
-        "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
-        "new_full", "scalar_tensor", "arange", "eye",
-    )
+_CONSTANT = (
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
+    "new_full", "scalar_tensor", "arange", "eye",
 )  # fmt: skip
-_NEW_COPY = frozenset({"aten::clone", "aten::_to_copy"})
-_EMPTY = frozenset(
-    f"aten::{name}"
-    for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+_EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+_WHAT = {
+    **dict.fromkeys(_CONSTANT, "constant"),
+    **dict.fromkeys(_EMPTY, "nothing"),
+    **dict.fromkeys(("fill_", "zero_"), "fill_"),
+    **dict.fromkeys(("clone", "_to_copy"), "copy"),
+    **dict.fromkeys(("cat", "stack"), "pieces"),
+    "copy_": "copy_",
+}
+# Ways to values that don't pass the dispatcher.
+_HIDDEN = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """What some memory was given."""
-
-    move: Move
-    """Where it went. It comes from `origin`, whose first byte has address 0; of what has no origin
-    only the destination means something."""
-
-    origin: str | None = None
-    """Name of the received tensor; None for constants and for what can't be followed."""
-
-    reason: str = ""
-    """Why it can't be followed; empty if it can."""
-
-
-@dataclass(slots=True)
-class _Memory:
-    """A storage, a live tensor or a received one, and what it was given."""
-
-    start: int
-    end: int
-    storage: StorageWeakRef
-    writes: list[Write] = field(default_factory=list)
-    name: str = ""
-    live: bool = False
-
-
-class _Places:
-    """Memory by address; what was freed isn't found."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._by_start: dict[int, _Memory] = {}
-
-    def add(self, memory: _Memory) -> None:
-        if memory.start not in self._by_start:
-            insort(self._starts, memory.start)
-        self._by_start[memory.start] = memory
-
-    def find(self, address: int) -> _Memory | None:
-        index = bisect_right(self._starts, address) - 1
-        if index < 0:
-            return None
-        memory = self._by_start[self._starts[index]]
-        if address >= memory.end or memory.storage.expired():
-            return None
-        return memory
-
-    def __iter__(self) -> Iterator[_Memory]:
-        return iter(self._by_start.values())
 
 
 class Recorder(TorchDispatchMode):
@@ -98,10 +58,10 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._live = _Places()
-        self._received = _Places()
-        self._between = _Places()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live = Places()
+        self._received = Places()
+        self._between = Places()
         self._layer: str | None = None
         self.reasons: dict[str, str] = {}
         """Layers that can't be followed, and why; "" is the model as a whole."""
@@ -109,32 +69,36 @@ class Recorder(TorchDispatchMode):
         """Names of the received tensors that each layer was loaded from."""
         self.read: dict[str, set[str]] = {}
         """Those of them that were looked at while it was loaded; others are other ranks'."""
-        self._computed: list[tuple[StorageWeakRef, str, str]] = []
+        self._kept: list[tuple[StorageWeakRef, str, str]] = []
+        self._early: list[tuple[Memory, str, str]] = []
+        self._kinds: dict[Any, str] = {}
+        self._hidden = _HiddenReads(self)
+        self._busy = False
+        names: dict[int, list[str]] = {}
         for name, tensor in live.items():
-            start = tensor.data_ptr()
-            if tensor.numel() and self._live.find(start) is None:
-                self._live.add(self._memory_of(tensor, name=name, live=True))
-
-    @staticmethod
-    def _memory_of(tensor: torch.Tensor, **options: Any) -> _Memory:
-        start = tensor.data_ptr()
-        # The bytes from the first element to the last.
-        reach = sum(
-            s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
-        )
-        end = start + (reach + 1) * tensor.element_size()
-        return _Memory(start, end, StorageWeakRef(tensor.untyped_storage()), **options)
+            if tensor.numel() and not _nowhere(tensor):
+                names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        for mine in names.values():
+            memory = Memory.of_storage(live[mine[0]])
+            memory.live = tuple(mine)
+            memory.layers = frozenset(name.rpartition(".")[0] for name in mine)
+            for other in self._live.add(memory):
+                self._give_up(f"{mine[0]} and {other.live[0]} share memory as two storages", "")
 
     def receive(self, name: str, tensor: torch.Tensor) -> None:
-        """A contiguous tensor that the loader is about to be given."""
+        """A tensor that the loader is about to be given."""
         if not tensor.numel():
             return
-        memory = self._memory_of(tensor, name=name)
+        steps = steps_of(tensor)
+        start = tensor.data_ptr()
         size = tensor.element_size()
-        steps = dense_steps(tensor.shape, size)
-        kind = _kind(tensor.dtype)
-        move = Move.of(0, steps, memory.start, steps, tensor.shape, (kind, kind))
-        memory.writes.append(Write(move, name))
+        reach = sum(step * (n - 1) for step, n in zip(steps, tensor.shape, strict=True))
+        kind = kind_of(tensor.dtype)
+        dense = dense_steps(tensor.shape, size)
+        move = Move.of(0, dense, start, steps, tensor.shape, (kind, kind))
+        memory = Memory(start, start + reach + size, StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        memory.received = name
+        memory.writes.append(Write(move, name, sources=frozenset([name])))
         self._received.add(memory)
 
     def enter_layer(self, layer: str, loaded: Iterable[object]) -> None:
@@ -146,184 +110,275 @@ class Recorder(TorchDispatchMode):
         """
         self._layer = layer
         fed = self.fed.setdefault(layer, set())
-        for value in loaded:
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
-                fed.update(w.origin for w in self._contents(value) or () if w.origin)
-                memory = self._find(value)
-                if memory is not None and any(w.reason for w in memory.writes):
-                    self._give_up(next(w.reason for w in memory.writes if w.reason))
+        busy, self._busy = self._busy, True
+        for value in _tensors(list(loaded)):
+            if _nowhere(value) or not value.numel():
+                continue
+            memory = self._find(value)
+            if memory is None:
+                self._give_up(f"{layer} is loaded from memory of unknown contents", "")
+                continue
+            fed.update(memory.sources)
+            for write in memory.writes:
+                if write.reason:
+                    self._give_up(write.reason)
+        self._busy = busy
 
     def leave_layer(self) -> None:
         """The layer is done."""
         self._layer = None
 
-    def close(self) -> dict[str, list[Write]]:
-        """What every live tensor was given, once the loader is through; and layers that keep memory
+    def close(self) -> list[Memory]:
+        """The live memory that was written, once the loader is through. Layers that keep memory
         which was computed from their weights are given up."""
-        for storage, layer, operation in self._computed:
-            if not storage.expired():
-                self.reasons.setdefault(
-                    layer, f"{operation}: the result is kept beside the weights"
-                )
-        return {memory.name: memory.writes for memory in self._live if memory.writes}
+        for storage, layer, operation in self._kept:
+            if not storage.expired():  # type: ignore[no-untyped-call]
+                self._give_up(f"{operation}: the result is kept beside the weights", layer)
+        for memory, layer, reason in self._early:
+            if memory.varies:
+                self._give_up(reason, layer)
+        return [memory for memory in self._live if memory.writes]
 
-    def _give_up(self, reason: str, layer: str | None = None) -> None:
-        self.reasons.setdefault(layer or self._layer or "", reason)
+    def look(self, tensor: torch.Tensor, how: str) -> None:
+        """Somebody gets at a tensor's values in a way that isn't followed."""
+        if self._busy or _nowhere(tensor) or not tensor.numel():
+            return
+        self._busy = True
+        memory = self._find(tensor)
+        if memory is not None:
+            self._reads_values(memory, how)
+        self._busy = False
+
+    def __enter__(self) -> Any:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._hidden.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hidden.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if name not in _EMPTY:
-            self._note(func, name, args, kwargs or {}, result)
+        kwargs = kwargs or {}
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _what(func)
+        if kind == "parts":
+            # Inference mode hands on whole what is made of other operations. Functions of torch
+            # would be called anew by the other mode.
+            with torch._C.DisableTorchFunction(), self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if kind != "nothing":
+            self._busy = True
+            self._note(kind, func, args, kwargs, result)
+            self._busy = False
         return result
 
-    def _note(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        if name == "aten::copy_":
+    def _note(self, kind: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if kind == "copy_":
             self._copy(args[1], args[0])
-        elif name in _CONSTANT:
-            self._write_constant(args[0])
-        elif name in _NEW_CONSTANT:
-            self._write_constant(result)
-        elif name in _NEW_COPY:
+        elif kind == "copy":
             self._copy(args[0], result)
-        elif name == "aten::cat":
-            self._concatenate(args, kwargs, result)
+        elif kind == "fill_":
+            self._fill(args[0], args[1] if len(args) > 1 else None)
+        elif kind == "constant":
+            self._write_constant(result)
+        elif kind == "pieces":
+            # Plain arithmetic on views; nothing of it is dispatched to here.
+            dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            stacked = func._schema.name == "aten::stack"
+            at = 0
+            for tensor in args[0]:
+                if stacked:
+                    self._copy(tensor, result.select(dimension, at))
+                    at += 1
+                elif tensor.numel():
+                    length = tensor.shape[dimension]
+                    self._copy(tensor, result.narrow(dimension, at, length))
+                    at += length
         else:
-            self._compute(func, name, args, kwargs, result)
+            self._compute(func, args, kwargs, result)
 
-    def _concatenate(self, args: Any, kwargs: Any, result: torch.Tensor) -> None:
-        dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        at = 0
-        for tensor in args[0]:
-            if tensor.numel():
-                length = tensor.shape[dimension]
-                # Plain arithmetic on a view; nothing of it is dispatched to here.
-                self._copy(tensor, result.narrow(dimension, at, length))
-                at += length
+    def _fill(self, tensor: torch.Tensor, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self._copy(value, tensor)
+        else:
+            self._write_constant(tensor)
 
     def _copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         if _nowhere(destination) or not destination.numel():
             return
-        contents = None if _nowhere(source) else self._contents(source)
+        contents = None if _nowhere(source) else self._find(source)
         if contents is None:
             if self._find(destination) is not None:
                 self._write_unknown(destination, "written from memory of unknown contents")
+            return
+        if contents.live and not contents.writes:
+            self._early.append((contents, self._layer or "", "read before it was written"))
+            self._write_unknown(destination, "copied from weights that were not yet written")
+            return
+        if source.is_conj() or source.is_neg() or destination.is_conj() or destination.is_neg():
+            self._write_unknown(destination, "copied with another sign", contents.sources)
             return
         if source.shape != destination.shape:
             source = source.expand(destination.shape)
         carry = Move.of(
             source.data_ptr(),
-            _steps(source),
+            steps_of(source),
             destination.data_ptr(),
-            _steps(destination),
+            steps_of(destination),
             destination.shape,
-            (_kind(source.dtype), _kind(destination.dtype)),
+            (kind_of(source.dtype), kind_of(destination.dtype)),
         )
-        memory = self._written(destination)
+        writes = list(_carried(contents.writes, carry, destination))
+        read = frozenset().union(*(write.sources for write in writes))
         if self._layer is not None:
-            self.read.setdefault(self._layer, set()).update(w.origin for w in contents if w.origin)
-        for write in contents:
-            try:
-                composed = compose(write.move, carry)
-            except ValueError as error:
-                reason = write.reason or str(error)
-                memory.writes.append(Write(_everywhere(destination), None, reason))
-                continue
-            if composed is not None:
-                memory.writes.append(Write(composed, write.origin, write.reason))
-        if not memory.live:
-            self._computed.append((memory.storage, self._layer or "", "a copy"))
+            self.read.setdefault(self._layer, set()).update(read)
+        memory = self._written(destination, constant=all(write.constant for write in writes))
+        if not any(write.move.numel == destination.numel() for write in writes):
+            # What is between them isn't what it was before, either.
+            place = everywhere(destination)
+            memory.writes.append(Write(place, None, "written from memory of unknown contents"))
+        memory.writes.extend(writes)
+        if not memory.live and contents.varies:
+            self._kept.append((memory.storage, self._layer or "", "a copy"))
+            if destination.device.type == "cpu" and source.device.type != "cpu":
+                self._reads_values(contents, "a copy to the host")
 
-    def _compute(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        known = [t for t in inputs if not _nowhere(t) and self._find(t) is not None]
+    def _compute(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = func._schema.name
+        inputs = [t for t in _tensors((args, kwargs)) if not _nowhere(t)]
+        known = [m for t in inputs if t.numel() and (m := self._find(t)) is not None]
         if not known:
             return
+        sources = frozenset().union(*(memory.sources for memory in known))
+        varies = any(memory.varies for memory in known)
+        layer = self._layer or ""
         if self._layer is not None:
-            names = {w.origin for t in known for w in self._contents(t) or () if w.origin}
-            self.read.setdefault(self._layer, set()).update(names)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            alias = argument.alias_info
-            if alias is not None and alias.is_write and isinstance(value, torch.Tensor):
-                self._write_unknown(value, f"{name} computes it")
+            self.read.setdefault(self._layer, set()).update(sources)
+        for memory in known:
+            if memory.live and not memory.writes:
+                self._early.append((memory, layer, f"{name} reads values of the update before"))
         mine = {t.untyped_storage()._cdata for t in inputs}
-        outputs = tree_leaves(result)
-        for value in outputs:
-            if isinstance(value, torch.Tensor):
-                if not _nowhere(value) and value.untyped_storage()._cdata not in mine:
-                    self._write_unknown(value, f"{name} computes it")
-                    storage = StorageWeakRef(value.untyped_storage())
-                    for tensor in known:
-                        self._computed.append((storage, self._owner(tensor), name))
-            elif value is not None:
-                for tensor in known:
-                    self._give_up(f"{name} reads values", self._owner(tensor))
+        changed = list(_tensors(_changed(func, args, kwargs)))
+        for value in (*changed, *_leaves(result)):
+            if not isinstance(value, torch.Tensor):
+                if value is not None and varies:
+                    self._give_up(f"{name} reads values", layer)
+                continue
+            if _nowhere(value) or not value.numel():
+                continue
+            if value.untyped_storage()._cdata not in mine or any(value is c for c in changed):
+                if not varies and self._find(value) is None:
+                    continue  # made of what is the same in every update
+                written = self._write_unknown(value, f"{name} computes it", sources)
+                if varies and not written.live:
+                    self._kept.append((written.storage, layer, name))
 
-    def _owner(self, tensor: torch.Tensor) -> str:
-        """The layer that a tensor's contents belong to."""
-        if self._layer is not None:
-            return self._layer
-        memory = self._find(tensor)
-        return memory.name.rpartition(".")[0] if memory is not None and memory.live else ""
+    def _reads_values(self, memory: Memory, how: str) -> None:
+        layer = self._layer or ""
+        if memory.varies:
+            self._give_up(f"{how}: values are read", layer)
+        elif memory.live and not memory.writes:
+            self._early.append((memory, layer, f"{how}: values of the update before are read"))
 
-    def _find(self, tensor: torch.Tensor) -> _Memory | None:
+    def _give_up(self, reason: str, layer: str | None = None) -> None:
+        self.reasons.setdefault(self._layer or "" if layer is None else layer, reason)
+
+    def _find(self, tensor: torch.Tensor) -> Memory | None:
         address = tensor.data_ptr()
-        for places in (self._live, self._between, self._received):
+        for places in (self._live, self._received, self._between):
             memory = places.find(address)
             if memory is not None:
                 return memory
         return None
 
-    def _contents(self, tensor: torch.Tensor) -> list[Write] | None:
-        """What a tensor's memory was given; None if nothing is known of it."""
-        memory = self._find(tensor) if tensor.numel() else None
-        if memory is None:
-            return None
-        if memory.live and not memory.writes:
-            return [Write(_everywhere(tensor), None, "read before it was written")]
-        return list(memory.writes)
-
-    def _written(self, tensor: torch.Tensor) -> _Memory:
+    def _written(self, tensor: torch.Tensor, *, constant: bool) -> Memory:
         """The memory of a tensor that is being written; known from now on."""
         memory = self._find(tensor)
         if memory is None:
-            storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            memory = _Memory(start, start + storage.nbytes(), StorageWeakRef(storage))
+            memory = Memory.of_storage(tensor)
             self._between.add(memory)
-        elif not memory.live and memory.name:
+        elif memory.received:
             self._give_up("the loader changes what it is given", "")
-        if tensor.numel() * tensor.element_size() == memory.end - memory.start:
+        elif memory.live and not constant and self._layer not in memory.layers:
+            self._give_up(f"{memory.live[0]} is written by another layer or by none", "")
+        if fills(tensor, memory):
             memory.writes.clear()
         return memory
 
     def _write_constant(self, tensor: torch.Tensor) -> None:
         if not _nowhere(tensor) and tensor.numel():
-            self._written(tensor).writes.append(Write(_everywhere(tensor)))
+            self._written(tensor, constant=True).writes.append(Write(everywhere(tensor)))
 
-    def _write_unknown(self, tensor: torch.Tensor, reason: str) -> None:
-        if not _nowhere(tensor) and tensor.numel():
-            self._written(tensor).writes.append(Write(_everywhere(tensor), None, reason))
+    def _write_unknown(
+        self, tensor: torch.Tensor, reason: str, sources: frozenset[str] = frozenset()
+    ) -> Memory:
+        memory = self._written(tensor, constant=False)
+        memory.writes.append(Write(everywhere(tensor), None, reason, sources))
+        return memory
 
 
-def _kind(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class _HiddenReads(TorchFunctionMode):
+    """Tells a recorder of what never reaches the dispatcher."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _HIDDEN and args:
+            self._recorder.look(args[0], func.__name__)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _what(func: Any) -> str:
+    """What is to be done about an operation."""
+    space, _, name = func._schema.name.partition("::")
+    if space == "aten" and name in _WHAT:
+        return _WHAT[name]
+    if func._can_decompose():
+        return "parts"
+    return "nothing" if space == "aten" and func.is_view else "compute"
+
+
+def _carried(writes: list[Write], carry: Move, destination: torch.Tensor) -> Iterator[Write]:
+    """What of some memory's contents a copy from it brings to a destination."""
+    for write in writes:
+        try:
+            move = compose(write.move, carry)
+        except ValueError as error:
+            reason = write.reason or str(error)
+            yield Write(everywhere(destination), None, reason, write.sources)
+            continue
+        if move is not None:
+            yield Write(move, write.origin, write.reason, write.sources)
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """The arguments that an operation writes to."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield args[index] if index < len(args) else kwargs.get(argument.name)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values if isinstance(values, Iterator) else (values,):
+        yield from (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def _nowhere(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "meta"
-
-
-def _steps(tensor: torch.Tensor) -> list[int]:
-    size = tensor.element_size()
-    return [stride * size for stride in tensor.stride()]
-
-
-def _everywhere(tensor: torch.Tensor) -> Move:
-    """A movement to all of a tensor, from nowhere."""
-    kind = _kind(tensor.dtype)
-    return Move.of(
-        0, [0] * tensor.dim(), tensor.data_ptr(), _steps(tensor), tensor.shape, (kind, kind)
-    )

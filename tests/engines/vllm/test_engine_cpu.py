@@ -1,0 +1,452 @@
+"""Whole models synced into the real engine: its CPU build on small random models."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs the CPU build of vLLM")
+
+from packedcomm import FullWeightSender, LoraSender, ModuleSource
+from packedcomm.engines.vllm import OLDEST, register
+from packedcomm.engines.vllm.client import LocalEngine
+from packedcomm.engines.vllm.requests import BACKEND, InitRequest, UpdateRequest
+from packedcomm.errors import (
+    ArgumentError,
+    ManifestError,
+    PackedCommError,
+    PeerLost,
+    RemoteError,
+    RendezvousTimeout,
+    SessionStateError,
+    TensorError,
+    VersionMismatch,
+)
+from tests.helpers.vllm_adapters import Trainer, agree, differ, generated, llama, qwen3_moe
+from tests.helpers.vllm_engines import (
+    DyingTrainer,
+    SyncedEngine,
+    changed,
+    qwen3,
+    tensors_of,
+    trainer_of,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+MODELS = {"llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Starts the engine of a model when it is first needed, in this process."""
+    started = {}
+
+    def engine(name):
+        if name not in started:
+            path = tmp_path_factory.mktemp(name)
+            started[name] = SyncedEngine(MODELS[name](), path)
+        return started[name]
+
+    yield engine
+    for each in started.values():
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def engine(engines):
+    return engines("llama")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two models of the kind that `engine` has, and what they answer."""
+    both = [changed(llama(), seed) for seed in (1, 2)]
+    found = [(model, generated(model)) for model in both]
+    assert differ(found[0][1], found[1][1])
+    return found
+
+
+@pytest.fixture
+def trainer(engine):
+    with trainer_of(engine.llm) as both:
+        yield both
+
+
+@pytest.fixture
+def synced(engine, trainer, models):
+    """The first model has been synced; a function that shows that the engine still has it, and that
+    the second one can be."""
+    session, updater = trainer
+    updater.update(FullWeightSender(models[0][0], session))
+
+    def well(holds=True):
+        if holds:
+            agree(engine.generate(), models[0][1])
+        else:
+            engine.generate()
+        updater.update(FullWeightSender(models[1][0], session))
+        agree(engine.generate(), models[1][1])
+
+    return well
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_answers_as_the_trainer_after_each_of_ten_syncs(engines, name):
+    engine = engines(name)
+    model = MODELS[name]()
+    agree(engine.generate(), generated(model))
+    with trainer_of(engine.llm) as (session, updater):
+        trained = changed(model, 1)
+        sender = FullWeightSender(trained, session)
+        ways = []
+        for version in range(10):
+            for one, other in zip(
+                trained.parameters(), changed(model, version + 1).parameters(), strict=True
+            ):
+                one.data.copy_(other)
+            update = updater.update(sender, version)
+            assert update.result.version == version
+            agree(engine.generate(), generated(trained))
+            (status,) = engine.statuses()
+            assert (status["state"], status["version"]) == ("ready", version)
+            ways.append(status["way"])
+    assert ways[:2] == ["recorded", "proved"]
+    # This build packs its matrices, so its loader stays.
+    assert ways[2:] == ["loaded"] * 8
+    assert status["by_loader"]
+
+
+def test_models_that_are_cut_otherwise_take_turns(engines, tmp_path):
+    # Experts are one tensor in transformers' memory, and many in its files.
+    from safetensors.torch import load_file
+
+    engine = engines("qwen3_moe")
+    with trainer_of(engine.llm) as (session, updater):
+        for seed in range(1, 7):
+            model = changed(qwen3_moe(), seed)
+            source = model
+            if seed % 2:
+                model.save_pretrained(tmp_path / str(seed))
+                source = load_file(tmp_path / str(seed) / "model.safetensors")
+                assert len(source) > len(tensors_of(model))
+            updater.update(FullWeightSender(source, session))
+            agree(engine.generate(), generated(model))
+
+
+def unknown(tensors):
+    tensors["model.layers.0.self_attn.bogus"] = torch.zeros(3)
+
+
+def misshapen(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 256)
+
+
+def missing(tensors):
+    del tensors["model.layers.1.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (unknown, "bogus"),
+        (misshapen, "refuses this manifest"),
+        (missing, r"not sent: model\.layers\.1\.input_layernorm\.weight"),
+    ],
+)
+def test_a_manifest_that_doesnt_fit_is_refused(trainer, synced, models, spoil, text):
+    session, updater = trainer
+    tensors = tensors_of(models[1][0])
+    spoil(tensors)
+    with pytest.raises(ManifestError, match=text):
+        updater.update(FullWeightSender(tensors, session))
+    synced()
+
+
+def test_parameters_may_be_left_out_if_that_is_said(engine, trainer, synced, models):
+    session, updater = trainer
+    first, second = models[0][0], models[1][0]
+    some = {name: t for name, t in tensors_of(second).items() if "layers.1.mlp" in name}
+    updater.update(FullWeightSender(some, session), partial=True)
+    mixed = changed(first, 1)
+    mixed.load_state_dict(first.state_dict() | some)
+    agree(engine.generate(), generated(mixed))
+    with pytest.raises(ManifestError, match="not sent"):
+        updater.update(FullWeightSender(some, session))
+    synced(holds=False)
+
+
+class Failing(ModuleSource):
+    """Has nothing to offer."""
+
+    def snapshot(self):
+        raise TensorError("nothing here")
+
+
+def test_a_sender_that_fails_before_its_offer_ends_the_update(trainer, synced, models):
+    session, updater = trainer
+    begin = time.monotonic()
+    with pytest.raises(TensorError, match="nothing here"):
+        updater.update(FullWeightSender(Failing(tensors_of(models[0][0])), session))
+    assert time.monotonic() - begin < 10
+    synced()
+
+
+def test_an_adapter_for_an_engine_without_them_is_refused(trainer, synced):
+    session, updater = trainer
+    adapted = Trainer(llama())
+    with pytest.raises(SessionStateError, match="enable_lora=True"):
+        updater.update(LoraSender(adapted.model, session), adapter="policy")
+    synced()
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        ({}, "address"),
+        ({"address": "127.0.0.1:1", "bogus": 1}, "bogus"),
+        ({"address": 5}, "host:port"),
+        ({"address": "nowhere"}, "nowhere"),
+        ({"address": "127.0.0.1:1", "connect_timeout_s": -1}, "connect_timeout_s"),
+        ({"address": "127.0.0.1:1", "secret": "told"}, "secret"),
+    ],
+)
+def test_a_malformed_init_changes_nothing(engine, synced, info, text):
+    with pytest.raises(ArgumentError, match=text):
+        LocalEngine(engine.llm).init_weight_transfer_engine(info)
+    synced()
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        ({"bogus": 1}, "bogus"),
+        ({"kind": "other"}, "other"),
+        ({"adapter": "policy"}, "policy"),
+        ({"kind": "adapter"}, "adapter"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"partial": 1}, "partial"),
+    ],
+)
+def test_a_malformed_update_changes_nothing(engine, synced, info, text):
+    handle = LocalEngine(engine.llm)
+    handle.start_weight_update()
+    with pytest.raises(ArgumentError, match=text):
+        handle.update_weights(info)
+    synced()
+
+
+def test_a_trainer_that_isnt_there_is_an_error(engine, models):
+    handle = LocalEngine(engine.llm)
+    with pytest.raises(RendezvousTimeout):
+        handle.init_weight_transfer_engine(InitRequest("127.0.0.1:1", 1.0).as_dict())
+    # The session before was left.
+    handle.start_weight_update()
+    with pytest.raises(SessionStateError, match="initialize it first"):
+        handle.update_weights(UpdateRequest().as_dict())
+    with trainer_of(engine.llm) as (session, updater):
+        updater.update(FullWeightSender(models[0][0], session))
+    agree(engine.generate(), models[0][1])
+
+
+def test_an_update_that_nobody_sends_ends(engine, trainer, synced):
+    handle = LocalEngine(engine.llm)
+    handle.start_weight_update()
+    with pytest.raises(PackedCommError):
+        handle.update_weights(UpdateRequest(timeout_s=0.5).as_dict())
+    synced()
+
+
+def test_updates_after_a_shutdown_need_an_init(engine, trainer, synced):
+    engine.worker.weight_transfer_engine.shutdown()
+    engine.worker.weight_transfer_engine.shutdown()
+    handle = LocalEngine(engine.llm)
+    handle.start_weight_update()
+    with pytest.raises(SessionStateError, match="initialize it first"):
+        handle.update_weights(UpdateRequest().as_dict())
+    trainer[1].connect()
+    synced()
+
+
+def test_a_second_init_replaces_the_first(engine, models):
+    with trainer_of(engine.llm) as (first, old):
+        old.update(FullWeightSender(models[0][0], first))
+        with trainer_of(engine.llm) as (second, new):
+            new.update(FullWeightSender(models[1][0], second))
+            agree(engine.generate(), models[1][1])
+            with pytest.raises(PackedCommError):
+                old.update(FullWeightSender(models[0][0], first))
+            agree(engine.generate(), models[1][1])
+            new.update(FullWeightSender(models[0][0], second))
+            agree(engine.generate(), models[0][1])
+        # And back.
+        assert old.connect() == 1
+        old.update(FullWeightSender(models[1][0], first))
+        agree(engine.generate(), models[1][1])
+
+
+def test_a_trainer_that_is_killed_in_the_middle_leaves_an_engine_that_answers(engine, models):
+    handle = LocalEngine(engine.llm)
+    trainer = DyingTrainer(models[0][0])
+    try:
+        handle.init_weight_transfer_engine(InitRequest(trainer.hear(), 20.0).as_dict())
+        handle.start_weight_update()
+        handle.update_weights(UpdateRequest(timeout_s=20.0).as_dict())
+        handle.finish_weight_update()
+        assert trainer.hear() == "synced"
+        agree(engine.generate(), models[0][1])
+        handle.start_weight_update()
+        with pytest.raises(PeerLost) as caught:
+            handle.update_weights(UpdateRequest(timeout_s=20.0).as_dict())
+        trainer.gone()
+    finally:
+        trainer.close()
+    (status,) = engine.statuses()
+    assert (status["state"] == "torn") is ("torn" in str(caught.value))
+    # It sent the same weights again, so what is torn answers as before, too.
+    agree(engine.generate(), models[0][1])
+    with trainer_of(engine.llm) as (session, updater):
+        for model, expected in reversed(models):
+            updater.update(FullWeightSender(model, session))
+            agree(engine.generate(), expected)
+
+
+def test_unknown_keys_of_the_configuration_are_refused(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    llama().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, TypeError), match="bogus"):
+        EngineArgs(str(tmp_path), weight_transfer_config={"backend": BACKEND, "bogus": 1})
+
+
+def test_a_version_that_isnt_supported_is_named_by_choosing_the_backend(monkeypatch):
+    import vllm
+    from vllm.config import WeightTransferConfig
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
+
+    kept = {name: made for name, made in Factory._registry.items() if name != BACKEND}
+    monkeypatch.setattr(Factory, "_registry", dict(kept))
+    monkeypatch.setattr(vllm, "__version__", "0.24.0")
+    register()
+    register()
+    assert {name: made for name, made in Factory._registry.items() if name != BACKEND} == kept
+    config = WeightTransferConfig(backend=BACKEND)
+    with pytest.raises(VersionMismatch, match=r"needs vLLM 0\.25 or newer.*this is 0\.24\.0"):
+        Factory.create_engine(config, None, torch.device("cpu"), torch.nn.Linear(1, 1))
+    assert OLDEST == (0, 25)
+
+
+def break_loader(worker, rank, after):
+    """Runs in each worker: one rank's loader fails once."""
+    if worker.rank != rank:
+        return
+    model = worker.get_model()
+    load, calls = model.load_weights, []
+
+    def failing(weights):
+        calls.append(1)
+        if len(calls) > after:
+            del model.load_weights
+            raise OSError("no more room")
+        return load(weights)
+
+    model.load_weights = failing
+
+
+def leave_session(worker, rank):
+    """Runs in each worker: one rank's connection breaks."""
+    if worker.rank == rank:
+        worker.weight_transfer_engine._session.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    engine = SyncedEngine(llama(), tmp_path_factory.mktemp("two"), tensor_parallel_size=2)
+    yield engine
+    engine.close()
+
+
+class TestTwoRanks:
+    """An engine of two workers, which are processes."""
+
+    @pytest.fixture
+    def trainer(self, two_ranks):
+        with trainer_of(two_ranks.llm, 2) as both:
+            yield both
+
+    def well(self, engine, trainer, models):
+        """Every worker answers for itself, and the next updates work."""
+        session, updater = trainer
+        for version, (model, expected) in enumerate(models, start=40):
+            updater.update(FullWeightSender(model, session), version)
+            agree(engine.generate(), expected)
+            assert [s["version"] for s in engine.statuses()] == [version] * 2
+
+    def test_both_take_their_parts(self, two_ranks, trainer, models):
+        agree(two_ranks.generate(), generated(llama()))
+        session, updater = trainer
+        for seed in range(1, 5):
+            model, expected = models[seed % 2]
+            updater.update(FullWeightSender(model, session), seed)
+            agree(two_ranks.generate(), expected)
+            assert [s["version"] for s in two_ranks.statuses()] == [seed] * 2
+
+    @pytest.mark.parametrize("after", [0, 1], ids=["at once", "in the middle"])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_failure_of_one_is_everybodys(self, two_ranks, trainer, models, rank, after):
+        session, updater = trainer
+        updater.update(FullWeightSender(models[0][0], session))
+        two_ranks.llm.collective_rpc(break_loader, args=(rank, after))
+        with pytest.raises(RemoteError, match="no more room"):
+            updater.update(FullWeightSender(models[0][0], session))
+        agree(two_ranks.generate(), models[0][1])
+        self.well(two_ranks, trainer, models)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_worker_that_has_lost_its_session(self, two_ranks, trainer, models, rank):
+        session, updater = trainer
+        updater.update(FullWeightSender(models[0][0], session))
+        two_ranks.llm.collective_rpc(leave_session, args=(rank,))
+        with pytest.raises(PackedCommError):
+            updater.update(FullWeightSender(models[0][0], session))
+        two_ranks.generate()
+        assert updater.connect() == 2
+        self.well(two_ranks, trainer, models)
+
+    def test_what_is_refused_leaves_no_stale_answers(self, two_ranks, trainer, models):
+        session, updater = trainer
+        tensors = tensors_of(models[0][0])
+        missing(tensors)
+        with pytest.raises(ManifestError, match="not sent"):
+            updater.update(FullWeightSender(tensors, session))
+        handle = LocalEngine(two_ranks.llm)
+        with pytest.raises(Exception, match=r"\[packedcomm:ArgumentError\].*bogus"):
+            handle.init_weight_transfer_engine({"address": session.address, "bogus": 1})
+        handle.start_weight_update()
+        with pytest.raises(Exception, match=r"\[packedcomm:ArgumentError\].*bogus"):
+            handle.update_weights({"bogus": 1})
+        self.well(two_ranks, trainer, models)
+
+    def test_a_killed_trainer(self, two_ranks, models):
+        handle = LocalEngine(two_ranks.llm)
+        trainer = DyingTrainer(models[0][0], receivers=2)
+        try:
+            handle.init_weight_transfer_engine(InitRequest(trainer.hear(), 20.0).as_dict())
+            handle.start_weight_update()
+            handle.update_weights(UpdateRequest(timeout_s=20.0).as_dict())
+            handle.finish_weight_update()
+            assert trainer.hear() == "synced"
+            handle.start_weight_update()
+            with pytest.raises(Exception, match=r"\[packedcomm:PeerLost\]"):
+                handle.update_weights(UpdateRequest(timeout_s=20.0).as_dict())
+            trainer.gone()
+        finally:
+            trainer.close()
+        agree(two_ranks.generate(), models[0][1])
+        with trainer_of(two_ranks.llm, 2) as again:
+            self.well(two_ranks, again, models)
