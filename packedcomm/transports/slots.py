@@ -100,15 +100,25 @@ class Pipeline:
             self.wire = InlineLane()
             self.copy = InlineLane()
             self.digest = InlineLane()
+        self._lanes: tuple[Lane, ...] = (self.wire, self.copy, self.digest)
+        self.spoiled = False
+        """Whether a transfer has failed in it."""
         self.slots: list[Slot] = []
         # Chunk plans that are kept with a target or with a source's snapshot.
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._next = 0
 
     def retire(self) -> None:
-        """Leave the lanes to a later pipeline; this one isn't used again."""
-        for lane in (self.wire, self.copy, self.digest):
+        """Leave the lanes to a later pipeline; this one isn't used again. Idempotent."""
+        lanes, self._lanes = self._lanes, ()
+        for lane in lanes:
             lane.retire()
+
+    def __del__(self) -> None:
+        # Lanes of a transfer that failed may wait for a peer for ever.
+        if not self.spoiled:
+            with suppress(Exception):
+                self.retire()
 
     def begin(self, num_buffers: int) -> None:
         """Adopt the caller's present stream or thread and have `num_buffers` slots."""
@@ -225,6 +235,7 @@ class _PipelineCache:
         try:
             yield pipeline
         except BaseException:
+            pipeline.spoiled = True
             # A foreign group can't be aborted, and waiting for its peers could last for ever.
             if isinstance(group, Communicator):
                 pipeline.settle()
@@ -234,8 +245,7 @@ class _PipelineCache:
 
     def drop(self, group: Any) -> None:
         with suppress(TypeError):
-            for pipeline in (self._by_group.pop(group, None) or {}).values():
-                pipeline.retire()
+            self._by_group.pop(group, None)
 
 
 PIPELINES = _PipelineCache()
