@@ -75,7 +75,10 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
 test-vllm: $(VLLM_VENV)/.installed
-	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor $(VLLM_BIN)/python -m pytest tests/engines/vllm -p no:cacheprovider
+	for file in tests/engines/vllm/test_*.py; do \
+		TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor \
+			$(VLLM_BIN)/python -m pytest -p no:cacheprovider $$file || exit 1; \
+	done
 
 $(VLLM_VENV)/.installed: pyproject.toml setup.py
 	test -x $(VLLM_BIN)/python || $(SYSTEM_PYTHON) -m venv $(VLLM_VENV)

@@ -74,7 +74,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             weakref.WeakKeyDictionary()
         )
         self.failed = False
-        """Whether the last call has failed on some worker."""
+        """Whether the last update has failed on some worker."""
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
@@ -94,7 +94,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             ArgumentError: an unknown key, or a malformed value.
             AuthenticationError, RendezvousTimeout, VersionMismatch, ...: as `Session.connect`.
         """
-        self._together(lambda: self._connect(_request(InitRequest, init_info.fields)))
+        agree_on(lambda: self._connect(_request(InitRequest, init_info.fields)), _workers())
 
     def _connect(self, request: InitRequest) -> None:
         self._leave()
@@ -113,7 +113,12 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             SessionStateError: not connected, asleep, or no such adapter.
             PeerLost, DeadlineExceeded, IntegrityError, ...: as `WeightReceiver.receive`.
         """
-        self._together(lambda: self._update(_request(UpdateRequest, update_info.fields)))
+        # Until the next update begins, whatever is called in between.
+        self.failed = True
+        update = agree_on(
+            lambda: self._update(_request(UpdateRequest, update_info.fields)), _workers()
+        )
+        self.failed = update is not None
 
     def _update(self, request: UpdateRequest) -> None:
         if self._session is None:
@@ -183,10 +188,6 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receivers.clear()
         if session is not None:
             session.close()
-
-    def _together(self, call: Callable[[], None]) -> None:
-        self.failed = True
-        self.failed = agree_on(call, _workers()) is not None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:  # noqa: ARG004

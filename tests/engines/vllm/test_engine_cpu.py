@@ -39,7 +39,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-MODELS = {"llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
+# One with experts first: vLLM makes what those need only for the first model of a process.
+MODELS = {"qwen3_moe": qwen3_moe, "llama": llama, "qwen3": qwen3}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_the_engine_answers_as_the_trainer_after_each_of_ten_syncs(engines, name
             assert update.result.version == version
             agree(engine.generate(), generated(trained))
             (status,) = engine.statuses()
-            assert (status["state"], status["version"]) == ("ready", version)
+            assert (status["state"], status["version"]) == ("committed", version)
             ways.append(status["way"])
     assert ways[:2] == ["recorded", "proved"]
     # This build packs its matrices, so its loader stays.
