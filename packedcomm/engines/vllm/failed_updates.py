@@ -22,7 +22,8 @@ def install_failed_update_hook() -> None:
 
     @wraps(original)
     def start_weight_update(self: Any, *arguments: Any, **options: Any) -> Any:
-        if getattr(self.weight_transfer_engine, "failed", False):
+        # A trainer may also have died between its calls.
+        if getattr(self.weight_transfer_engine, "starts_anew", False):
             self._weight_update_active = False
         return original(self, *arguments, **options)
 

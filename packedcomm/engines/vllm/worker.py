@@ -59,6 +59,9 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     else with weights that the message calls torn, until the next update.
     """
 
+    starts_anew = True
+    """Whether an update may begin where the one before was never finished (`failed_updates`)."""
+
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
@@ -73,8 +76,6 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._weights: weakref.WeakKeyDictionary[torch.nn.Module, ModelWeights] = (
             weakref.WeakKeyDictionary()
         )
-        self.failed = False
-        """Whether the last update has failed on some worker."""
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
@@ -113,12 +114,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             SessionStateError: not connected, asleep, or no such adapter.
             PeerLost, DeadlineExceeded, IntegrityError, ...: as `WeightReceiver.receive`.
         """
-        # Until the next update begins, whatever is called in between.
-        self.failed = True
-        update = agree_on(
-            lambda: self._update(_request(UpdateRequest, update_info.fields)), _workers()
-        )
-        self.failed = update is not None
+        agree_on(lambda: self._update(_request(UpdateRequest, update_info.fields)), _workers())
 
     def _update(self, request: UpdateRequest) -> None:
         if self._session is None:
