@@ -6,13 +6,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording
 from packedcomm.engines.vllm.recording import Recorder
-from packedcomm.manifest import Manifest
-from tests.helpers.tensors import random_bits
+from packedcomm.manifest import Manifest, TensorSpec
+from tests.helpers.tensors import content, random_bits
 
 Tensors = dict[str, torch.Tensor]
 Fill = Callable[[Tensors, Tensors], object]
@@ -91,7 +92,13 @@ def payload(manifest: Manifest, seed: int) -> Tensors:
     }
 
 
-def record(engine: Engine, manifest: Manifest, received: Tensors | None = None) -> Recording:
+def record(
+    engine: Engine,
+    manifest: Manifest,
+    received: Tensors | None = None,
+    *,
+    collect: bool = True,
+) -> Recording:
     """What is recorded of one update."""
     live = engine.live
     recorder = Recorder(live)
@@ -101,7 +108,8 @@ def record(engine: Engine, manifest: Manifest, received: Tensors | None = None) 
         recorder.receive(name, tensor)
     with recorder:
         engine.load(received, recorder)
-    gc.collect()
+    if collect:
+        gc.collect()
     return Recording.of(recorder, manifest, live)
 
 
@@ -123,6 +131,59 @@ def replay(engine: Engine, recording: Recording, manifest: Manifest, received: T
             offset = part.offset or (0,) * len(spec.shape)
             box = tuple(slice(o, o + n) for o, n in zip(offset, part.tensor.shape, strict=True))
             part.tensor.copy_(received[spec.name][box])
+
+
+def sent(**shapes: Any) -> Manifest:
+    """A manifest of float32 tensors, or of others where a shape comes with a dtype."""
+    specs = []
+    for name, shape in shapes.items():
+        dtype = "float32"
+        if shape and isinstance(shape[-1], str):
+            *shape, dtype = shape
+        specs.append(TensorSpec(name.replace("_in_", "."), dtype, tuple(shape)))
+    return Manifest(specs)
+
+
+def memory(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Live memory."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def one(fill: Fill, live: Tensors, names: list[str], **options: Any) -> Engine:
+    """An engine with one layer."""
+    return Engine([Layer("m.layer", live, names, fill, **options)])
+
+
+def assert_replayed(engine: Engine, manifest: Manifest, parts: int | None = None) -> Recording:
+    """A third update, replayed, does what the loader does of it, bit by bit."""
+    recording = record(engine, manifest)
+    assert recording.reasons == {}
+    prove(engine, recording, manifest)
+    assert recording.proved
+    assert recording.reasons == {}
+    received = payload(manifest, 3)
+    replay(engine, recording, manifest, received)
+    replayed = {name: content(tensor) for name, tensor in engine.live.items()}
+    for tensor in engine.live.values():
+        if tensor.is_floating_point() and tensor.dim() and tensor.is_contiguous():
+            tensor.view(torch.uint8).fill_(1)
+    engine.load(received, Unwatched())
+    assert replayed == {name: content(tensor) for name, tensor in engine.live.items()}
+    if parts is not None:
+        assert sum(len(entries) for entries in recording.entries.values()) == parts
+    return recording
+
+
+def assert_refused(
+    engine: Engine, manifest: Manifest, reason: str, layer: str = "m.layer"
+) -> Recording:
+    """The layer is left to the loader; "" is the whole model."""
+    recording = record(engine, manifest)
+    assert reason in recording.reasons.get(layer, ""), recording.reasons
+    assert not any(e.layer == layer for es in recording.entries.values() for e in es)
+    if layer and "" not in recording.reasons:
+        assert recording.by_loader >= recording.fed[layer]
+    return recording
 
 
 # What layers are filled with.

@@ -114,12 +114,41 @@ def compose(first: Move, second: Move) -> Move | None:
         raise ValueError("values are cast twice")
     if first.dst_dtype != second.src_dtype:
         raise ValueError(f"{first.dst_dtype} is read as {second.src_dtype}")
+    shifted = _shifted(first, second)
+    if shifted is not None:
+        return shifted
     try:
         return _inside(first, second)
     except ValueError:
         # Perhaps what is read is the smaller one.
         composed = _inside(second.reversed, first.reversed)
         return None if composed is None else composed.reversed
+
+
+def _shifted(first: Move, second: Move) -> Move | None:
+    """`compose` where one of both keeps all distances, and the other is within it: what most copies
+    are."""
+    if len(second.axes) == 1:
+        (axis,) = second.axes
+        if axis.src == axis.dst > 0 and _on_line(first.written, second.read, axis.src, first.axes):
+            dst = first.dst - second.src + second.dst
+            return Move(first.src, dst, first.axes, first.src_dtype, second.dst_dtype)
+    if len(first.axes) == 1:
+        (axis,) = first.axes
+        back = second.reversed
+        if axis.src == axis.dst > 0 and _on_line(back.written, first.written, axis.dst, back.axes):
+            src = second.src - first.dst + first.src
+            return Move(src, second.dst, second.axes, first.src_dtype, second.dst_dtype)
+    return None
+
+
+def _on_line(
+    inner: tuple[int, int], line: tuple[int, int], step: int, axes: Sequence[Axis]
+) -> bool:
+    """Whether all elements of a movement, by what its axes write, are elements of a line."""
+    if inner[0] < line[0] or inner[1] > line[1] or (inner[0] - line[0]) % step:
+        return False
+    return not any(axis.dst % step for axis in axes)
 
 
 def _inside(first: Move, second: Move) -> Move | None:
