@@ -50,7 +50,7 @@ _VARIANTS = {
 }
 _WARM_UP = 2
 # Waiting for the other side takes more or fewer calls; the fewest are those of the sync itself.
-_PROFILED = 5
+_PROFILED = 25
 _TIMED = 9
 _ELEMENTS = 64
 

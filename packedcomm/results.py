@@ -116,8 +116,8 @@ class SyncResult(Mapping[str, Any]):
             value = getattr(self, entry.name)
             if entry.name == "seconds":
                 record |= {f"seconds/{stage}": seconds for stage, seconds in value.items()}
-            elif entry.name == "left_out":
-                record["left_out"] = len(value)
+            elif entry.name in ("left_out", "notes"):
+                record[entry.name] = len(value)
             elif entry.name == "changes":
                 if value:
                     record["change/max"] = max(change.maximum for change in value.values())

@@ -188,13 +188,7 @@ class SessionEnd(abc.ABC):
     def _trouble(self, phase: Phase) -> PackedCommError | None:
         """Why a transfer can't come to its end, although nobody has said so."""
         quiet_s = 2 * self.settings.heartbeat_interval_s
-        waited_for = [
-            f"{peer['name']} (silent for {peer['silent_s']:.1f} s)"
-            if peer["silent_s"] > quiet_s
-            else str(peer["name"])
-            for peer in self._waited_for()
-        ] or ["its end"]
-        found: PackedCommError | None = self.phases.overdue(phase, ", ".join(waited_for))
+        found: PackedCommError | None = self.phases.overdue(phase, self._waited_for(), quiet_s)
         if found is not None:
             self._give_up_silent_peers(found)
         elif (communicator := self._communicator) is not None:
@@ -305,13 +299,8 @@ class SessionEnd(abc.ABC):
             self._ended = self._ended or "the session is closed"
         with contextlib.ExitStack() as stack:
             stack.callback(self._channel.close)
-            if (communicator := self._communicator) is not None:
-                stack.callback(communicator.close)
-                if self.device.type == "cuda":
-                    # Between syncs nothing is under way, and NCCL frees in order only together with
-                    # the other ranks, which may not be about to close.
-                    stack.callback(communicator.abort, "the session is closed")
-                stack.callback(release_buffers, communicator)
+            # Not in order: for that NCCL waits for ranks that may not be about to close.
+            stack.callback(self.drop_communicator, "the session is closed")
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)
             if in_order:

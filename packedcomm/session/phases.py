@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from packedcomm.errors import DeadlineExceeded, PackedCommError
 from packedcomm.session.flight import FlightRecord
@@ -105,11 +107,25 @@ class Phases:
         self._flight.note("interrupted", kind=type(error).__name__, text=str(error)[:500])
         return True
 
-    def overdue(self, phase: Phase, waits_for: str) -> DeadlineExceeded | None:
-        """The error of a phase that has lasted too long."""
+    def overdue(
+        self, phase: Phase, peers: Sequence[Mapping[str, Any]], quiet_s: float
+    ) -> DeadlineExceeded | None:
+        """The error of a phase that has lasted too long.
+
+        Args:
+            phase: the present one.
+            peers: those that are waited for, with "name" and "silent_s".
+            quiet_s: seconds of silence above which it is mentioned.
+        """
         if phase.remaining > 0:
             return None
+        waits_for = [
+            f"{peer['name']} (silent for {peer['silent_s']:.1f} s)"
+            if peer["silent_s"] > quiet_s
+            else str(peer["name"])
+            for peer in peers
+        ]
         return DeadlineExceeded(
             f"{self._who}: {phase.state} for more than {phase.seconds:.3g} s, waiting for "
-            f"{waits_for}"
+            f"{', '.join(waits_for) or 'its end'}"
         )

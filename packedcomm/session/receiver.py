@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -218,8 +219,10 @@ class ReceiverSession(SessionEnd):
 
     @property
     def untouched(self) -> bool:
-        """Whether the sender has given up what this end waits for before it sent any data."""
-        return any(isinstance(m, Cancel) and m.untouched for _, m in list(self._inbox))
+        """Whether the sender has given up what this end waits for before it sent any data. What it
+        says first counts: whatever it says after that is of no sync any more."""
+        cancels = (m for _, m in list(self._inbox) if isinstance(m, Cancel))
+        return any(m.untouched for m in islice(cancels, 1))
 
     def _silent(self) -> DeadlineExceeded | None:
         silence = time.monotonic() - self._heard

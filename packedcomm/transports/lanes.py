@@ -64,8 +64,8 @@ class Caller(Protocol):
         """Let what the caller starts from now on come after the mark."""
 
 
-# Streams that no lane uses any more. A stream takes a megabyte of GPU memory when it is first used
-# and never gives it back, so that a new one for each session would look like a leak for a while.
+# Streams that no lane uses any more. A stream takes GPU memory when it is first used and doesn't
+# give it back, so that a new one for each session would look like a leak for a while.
 _IDLE: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 

@@ -100,7 +100,6 @@ class Pipeline:
             self.wire = InlineLane()
             self.copy = InlineLane()
             self.digest = InlineLane()
-        self._lanes: tuple[Lane, ...] = (self.wire, self.copy, self.digest)
         self.spoiled = False
         """Whether a transfer has failed in it."""
         self.slots: list[Slot] = []
@@ -108,17 +107,12 @@ class Pipeline:
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._next = 0
 
-    def retire(self) -> None:
-        """Leave the lanes to a later pipeline; this one isn't used again. Idempotent."""
-        lanes, self._lanes = self._lanes, ()
-        for lane in lanes:
-            lane.retire()
-
     def __del__(self) -> None:
-        # Lanes of a transfer that failed may wait for a peer for ever.
+        # Later pipelines take the lanes. Those of a transfer that failed may wait for ever.
         if not self.spoiled:
             with suppress(Exception):
-                self.retire()
+                for lane in (self.wire, self.copy, self.digest):
+                    lane.retire()
 
     def begin(self, num_buffers: int) -> None:
         """Adopt the caller's present stream or thread and have `num_buffers` slots."""

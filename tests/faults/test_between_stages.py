@@ -12,7 +12,7 @@ import torch
 
 from packedcomm import FullWeightSender, ModuleSource, Session, TensorTarget, WeightReceiver
 from packedcomm.errors import ManifestError, PackedCommError, PeerLost, SessionStateError
-from packedcomm.session.messages import Committed
+from packedcomm.session.messages import Cancel, Committed
 from tests.helpers.in_process import Round, join, sessions
 from tests.helpers.sessions import QUICK
 
@@ -73,6 +73,21 @@ def test_a_trainer_that_fails_after_the_agreement_costs_one_sync():
         assert [r.status().version for r in receivers] == [0, 0]
         source.failing = False
         assert Round(sender.sync, receivers).sent.version == 1
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("first", [False, True])
+def test_the_first_word_says_whether_data_was_sent(first):
+    with sessions(1) as (session, (end,)):
+        receiver = WeightReceiver(TensorTarget(weights(0.0)), end)
+        assert Round(FullWeightSender(weights(1.0), session).sync, [receiver]).sent.version == 0
+        # A sender that has failed may say so again when it is at rest.
+        for untouched in (first, not first):
+            session.tell(Cancel("NcclError", "no more", untouched=untouched))
+        deadline = time.monotonic() + 10
+        while len(end._inbox) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert end.untouched is first
 
 
 @pytest.mark.fault(9)
@@ -178,6 +193,10 @@ def test_a_signal_handler_may_abort_a_session_that_waits():
             timer.join()
         finally:
             signal.signal(signal.SIGUSR2, before)
+        # The sender hears of it a moment later.
+        deadline = time.monotonic() + 10
+        while session.failure() is None and session.members.present and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert isinstance(session.failure(), PeerLost) or session.members.present == []
 
 

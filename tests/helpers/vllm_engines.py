@@ -26,7 +26,15 @@ from packedcomm import FullWeightSender, Session
 from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine
 from tests.helpers.interrupted import Interrupted
 from tests.helpers.sessions import QUICK
-from tests.helpers.vllm_adapters import COMMON, PROMPTS, TOKENS, Engine
+from tests.helpers.vllm_adapters import (
+    COMMON,
+    PROMPTS,
+    TOKENS,
+    Engine,
+    differ,
+    generated,
+    llama,
+)
 
 # Chunks of some tensors each: a failure is in the middle of many.
 SMALL = replace(QUICK, buffer_size_bytes=1 << 16)
@@ -49,6 +57,14 @@ def changed(model, seed):
         mean, spread = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.08)
         parameter.data.normal_(mean, spread, generator=generator)
     return other
+
+
+def two_models():
+    """Two models of the kind that the engines have, and what they answer."""
+    both = [changed(llama(), seed) for seed in (1, 2)]
+    found = [(model, generated(model)) for model in both]
+    assert differ(found[0][1], found[1][1])
+    return found
 
 
 def tensors_of(model):

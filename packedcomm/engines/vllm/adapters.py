@@ -18,7 +18,6 @@ after a sync, or makes a new name or path for each version.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 
 from packedcomm.copying import CopyPlan, Part
 from packedcomm.endpoints import Target
+from packedcomm.engines.vllm.hooks import wrap
 from packedcomm.engines.vllm.lora_layers import Cuts, engine_names, stack_of
 from packedcomm.errors import ArgumentError, CapacityError, SessionStateError
 from packedcomm.manifest import Manifest
@@ -40,9 +40,6 @@ SCHEME = "packedcomm:"
 
 # Where a LoRA manager of vLLM's carries what is known of its adapters.
 _ATTRIBUTE = "packedcomm_adapters"
-
-# Marks functions that are wrapped already.
-_WRAPPED = "packedcomm_wrapped"
 
 # Manifests whose part for this rank is kept, as many as a receiver keeps plans.
 _KEPT = 8
@@ -85,22 +82,9 @@ def install_adapter_hook() -> None:
     workers = importlib.import_module("vllm.lora.worker_manager")
     managers = importlib.import_module("vllm.lora.model_manager")
     # The managers of workers are all of this class; only its removals are a user's.
-    _wrap(workers.WorkerLoRAManager, "_load_adapter", _load)
-    _wrap(workers.LRUCacheWorkerLoRAManager, "remove_adapter", _remove)
-    _wrap(managers.LoRAModelManager, "activate_adapter", _activate)
-
-
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-    if getattr(vars(owner).get(name), _WRAPPED, False):
-        return
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *arguments: Any, **options: Any) -> Any:
-        return around(functools.partial(original, self), self, *arguments, **options)
-
-    setattr(wrapper, _WRAPPED, True)
-    setattr(owner, name, wrapper)
+    wrap(workers.WorkerLoRAManager, "_load_adapter", _load)
+    wrap(workers.LRUCacheWorkerLoRAManager, "remove_adapter", _remove)
+    wrap(managers.LoRAModelManager, "activate_adapter", _activate)
 
 
 def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any) -> Any:

@@ -21,19 +21,16 @@ __all__ = ["agree_on"]
 _MOST = 4096
 
 
-def agree_on(call: Callable[[], None], group: Any) -> Exception | None:
-    """Do something on every worker of one engine, and come to know whether all have done it.
+def agree_on(call: Callable[[], None], group: Any) -> None:
+    """Do something on every worker of one engine; returns when all have done it, or one has failed.
 
     Args:
         call: what this worker does; it must end in bounded time.
         group: vLLM's group of all workers of the engine, or None for a single one.
 
-    Returns:
-        What has failed, on this worker or on another one; None on all of them if nothing has. On
-        workers but the last it is for the caller to keep, not to raise.
-
     Raises:
-        PackedCommError, Exception: the same, on the last worker.
+        PackedCommError: what has failed, on this worker or on another one; only on the last worker.
+            Its text names the class.
     """
     own: Exception | None = None
     try:
@@ -43,17 +40,15 @@ def agree_on(call: Callable[[], None], group: Any) -> Exception | None:
     if group is None or group.world_size == 1:
         if own is not None:
             raise _told(own)
-        return None
+        return
     texts = _shared("" if own is None else marked(own), group)
     failed = [(rank, text) for rank, text in enumerate(texts) if text]
-    if not failed:
-        return None
+    if not failed or group.rank_in_group != group.world_size - 1:
+        return
     rank, text = failed[0]
     found = unmarked(text) or RemoteError(text)
     agreed = type(found)(f"worker {rank} of {group.world_size}: {found}")
-    if group.rank_in_group == group.world_size - 1:
-        raise _told(agreed) from own
-    return agreed
+    raise _told(agreed) from own
 
 
 def _told(error: Exception) -> Exception:

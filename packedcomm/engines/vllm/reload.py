@@ -60,8 +60,6 @@ class Reload:
         self._rename = rename
         self._kernels: list[tuple[Any, Any]] = []
         self.begun = False
-        self.changed: set[str] = set()
-        """Layers whose memory has new contents."""
 
     def begin(self) -> None:
         """Put the layers on the meta device; until `end` or `take_back` nobody may generate."""
@@ -100,7 +98,7 @@ class Reload:
 
     def take_back(self) -> None:
         """Give the layers that aren't complete their own memory back, with what it held before.
-        Those in `changed` keep what they were given. Idempotent."""
+        Complete ones keep what they were given. Idempotent."""
         if not self.begun:
             return
         self.begun = False
@@ -173,23 +171,22 @@ class Reload:
     @contextlib.contextmanager
     def _watched(self, watch: Watch | None) -> Iterator[None]:
         """Whoever completes a layer calls this by its name in its module, so it can be followed."""
+        if watch is None:
+            yield
+            return
         from vllm.model_executor.model_loader.reload import layerwise
 
         original = layerwise._layerwise_process
 
         def process(layer: torch.nn.Module, info: Any) -> None:
-            name = self._names.get(id(layer), "")
             loaded = [
                 value for _, bound in info.loaded_weights for value in bound.arguments.values()
             ]
-            if watch is not None:
-                watch.enter_layer(name, loaded)
+            watch.enter_layer(self._names.get(id(layer), ""), loaded)
             try:
                 original(layer, info)
             finally:
-                self.changed.add(name)
-                if watch is not None:
-                    watch.leave_layer()
+                watch.leave_layer()
 
         layerwise._layerwise_process = process
         try:

@@ -60,7 +60,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """
 
     starts_anew = True
-    """Whether an update may begin where the one before was never finished (`failed_updates`)."""
+    """An update may begin where the one before was never finished (see `failed_updates`)."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo

@@ -24,7 +24,7 @@ from packedcomm.errors import (
     TensorError,
     VersionMismatch,
 )
-from tests.helpers.vllm_adapters import Trainer, agree, differ, generated, llama, qwen3_moe
+from tests.helpers.vllm_adapters import Trainer, agree, generated, llama, qwen3_moe
 from tests.helpers.vllm_engines import (
     DyingTrainer,
     SyncedEngine,
@@ -32,6 +32,7 @@ from tests.helpers.vllm_engines import (
     qwen3,
     tensors_of,
     trainer_of,
+    two_models,
 )
 
 pytestmark = [
@@ -66,11 +67,7 @@ def engine(engines):
 
 @pytest.fixture(scope="module")
 def models():
-    """Two models of the kind that `engine` has, and what they answer."""
-    both = [changed(llama(), seed) for seed in (1, 2)]
-    found = [(model, generated(model)) for model in both]
-    assert differ(found[0][1], found[1][1])
-    return found
+    return two_models()
 
 
 @pytest.fixture
@@ -117,10 +114,13 @@ def test_the_engine_answers_as_the_trainer_after_each_of_ten_syncs(engines, name
             (status,) = engine.statuses()
             assert (status["state"], status["version"]) == ("committed", version)
             ways.append(status["way"])
+            # The trainer hears of it too.
+            assert update.result.notes[0] == f"receiver rank 1: {ways[-1]}"
     assert ways[:2] == ["recorded", "proved"]
     # This build packs its matrices, so its loader stays.
     assert ways[2:] == ["loaded"] * 8
     assert status["by_loader"]
+    assert "stays with the engine's loader" in update.result.notes[1]
 
 
 def test_models_that_are_cut_otherwise_take_turns(engines, tmp_path):

@@ -25,7 +25,7 @@ from packedcomm.errors import (
 )
 from tests.helpers.sessions import SECRET
 from tests.helpers.vllm_adapters import Trainer, agree, differ, generated, llama
-from tests.helpers.vllm_engines import SMALL, DyingTrainer, Server, changed, tensors_of
+from tests.helpers.vllm_engines import SMALL, DyingTrainer, Server, tensors_of, two_models
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -50,11 +50,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models():
-    """Two models, and what they answer."""
-    both = [changed(llama(), seed) for seed in (1, 2)]
-    found = [(model, generated(model)) for model in both]
-    assert differ(found[0][1], found[1][1])
-    return found
+    return two_models()
 
 
 @pytest.fixture
