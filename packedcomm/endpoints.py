@@ -41,7 +41,10 @@ class Target(Protocol):
 class TargetChooser(Protocol):
     """Where received tensors are written depends on what is offered.
 
-    A chooser may have an attribute `notes`, up to 16 texts of up to 512 bytes, for whoever sends.
+    A chooser may have an attribute `notes`, up to 16 texts of up to 512 bytes, for whoever sends;
+    and a method `foreseen(manifest)`, which is asked after a sync was committed for the target of
+    the next one of that manifest, None if it isn't known: it is planned then, not when it is waited
+    for.
     """
 
     def choose(self, manifest: Manifest) -> Any:

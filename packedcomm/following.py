@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
-from packedcomm.digests import DigestPlan
 from packedcomm.endpoints import TargetChooser, is_target
 from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
@@ -30,9 +30,10 @@ from packedcomm.session.messages import (
 )
 from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import SyncState
+from packedcomm.shown_digests import ShownDigests
 from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
-from packedcomm.transports.digest_sums import ReceivedDigests, digest_blocks
+from packedcomm.transports.digest_sums import ReceivedDigests
 from packedcomm.transports.receiving import Receiving, TargetPlan
 from packedcomm.transports.slots import PIPELINES
 from packedcomm.verification import (
@@ -71,38 +72,6 @@ class Held:
     plan: TargetPlan | None
     memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
-
-
-class ShownDigests:
-    """Wraps a callback: digests of the tensors that it is shown, by name."""
-
-    def __init__(
-        self, version: int, callback: Callable[..., Any], on_shown: Callable[[list[str]], None]
-    ) -> None:
-        self._version = version
-        self._callback = callback
-        self._on_shown = on_shown
-        self._found: list[tuple[list[str], torch.Tensor]] = []
-        self.digesting = False
-
-    def __call__(self, items: list[tuple[str, torch.Tensor]]) -> None:
-        if self.digesting:
-            tensors = [tensor for _, tensor in items]
-            plan = DigestPlan(tensors, blocks=digest_blocks(tensors[0].device) if tensors else 0)
-            self._found.append(([name for name, _ in items], plan.run()))
-        # What the callback makes of it can't be known: until the commit it may be part of two
-        # versions.
-        self._on_shown([name for name, _ in items])
-        self._callback(self._version, items)
-
-    def take(self, manifest: Manifest) -> torch.Tensor:
-        """The digests as int64 in the manifest's order; waits for a GPU."""
-        found = {
-            name: digest
-            for names, digests in self._found
-            for name, digest in zip(names, digests.tolist(), strict=True)
-        }
-        return torch.tensor([found[spec.name] for spec in manifest.specs], dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +165,23 @@ class Following:
             if cause is not None and cause is not error:
                 raise cause from cause.__cause__ or error
             raise
+
+    def plan_ahead(self, offer: Offer) -> None:
+        """Plan the next sync of what was offered, where its target is known already. What fails
+        here would fail there again, and is reported there."""
+        manifest = self._manifests.get(offer.digest)
+        foreseen = getattr(self._given, "foreseen", None)
+        if foreseen is None or manifest is None:
+            return
+        session = self._session
+        cut = chunk_rule(session.wire_format, offer.buffer_size_bytes)
+        with suppress(Exception):
+            target = foreseen(manifest)
+            if not is_target(target) or target is self._target:
+                return
+            group, buffers = session.communicator, session.settings.num_buffers
+            with PIPELINES.borrow(group, session.device, buffers) as pipeline:
+                Receiving(pipeline, group, 0, cut, target, None).place(manifest)
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank says is behind a failure of the transfer."""

@@ -331,6 +331,7 @@ class WeightReceiver:
         # It is committed, whether or not the sender hears it; the next call tells if it is lost.
         with contextlib.suppress(PackedCommError):
             self.session.reply(Committed(update.version))
+        self._following.plan_ahead(offer)
         return update
 
     def _end_as(self, state: SyncState) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,6 +13,7 @@ from packedcomm.copying import BufferPlan, Part
 from packedcomm.digests import DigestPlan
 from packedcomm.errors import ProtocolError
 from packedcomm.manifest import Manifest
+from packedcomm.planning.chunks import NATIVE_ALIGNMENT
 from packedcomm.session.messages import Region
 from packedcomm.transports.chunk_plans import ChunkPlan, Composed, Entry
 from packedcomm.transports.digest_sums import DigestSums, digest_blocks
@@ -21,7 +22,8 @@ from packedcomm.transports.slots import Pipeline
 
 __all__ = ["RegionDigests"]
 
-# Converted values that digests need are kept from one sync to the next up to this size.
+# Converted values that digests need are kept from one sync to the next up to this size, and
+# made anew in turns of this size above it.
 _KEPT_BYTES = 64 << 20
 
 SumsOf = Callable[[torch.device], torch.Tensor]
@@ -56,56 +58,91 @@ class Wanted:
         return _dtype(region) != self.entry.dtype or region.scale != 1.0
 
 
+class Filling:
+    """Temporary memory that one plan fills with tensors side by side; on a GPU it belongs to the
+    stream that is current when it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.plan = BufferPlan(device, into_buffer=True, blocks=digest_blocks(device))
+        self._places: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
+        self._end = 0
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def add(
+        self,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        name: str,
+        number: int = -1,
+    ) -> None:
+        """Another tensor, made up of parts; its digest has a number, if the plan is to make it."""
+        self.plan.add_parts(parts, dtype, shape, self._end, name, number)
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self._places.append((self._end, nbytes, dtype, shape))
+        self._end += -(-nbytes // NATIVE_ALIGNMENT) * NATIVE_ALIGNMENT
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What was added, in order, in memory that is allocated now."""
+        self._buffer = self._buffer.new_empty(self._end)
+        return [
+            self._buffer[begin : begin + nbytes].view(dtype).view(shape)
+            for begin, nbytes, dtype, shape in self._places
+        ]
+
+    def run(self, sums: torch.Tensor) -> None:
+        """Fill the memory."""
+        if self._places:
+            self.plan.run(self._buffer, sums)
+
+
 class RegionPass:
-    """Digests of some regions of one device. On a GPU to be made and run in the digest lane, whose
-    stream the temporary memory belongs to."""
+    """Digests of some regions of one device, by a few launches however many they are. On a GPU to
+    be made and run in the digest lane, whose stream the temporary memory belongs to."""
 
     def __init__(self, items: Sequence[Wanted]) -> None:
         self._device = items[0].device
-        self._blocks = digest_blocks(self._device)
-        # What fills temporary memory, and the digests of memory that is there or was filled.
-        self._fills: list[tuple[BufferPlan, torch.Tensor]] = []
+        self._composed = Filling(self._device)
+        self._converted = Filling(self._device)
+        # What is digested where it is, or where it was filled in.
         views: list[torch.Tensor] = []
         numbers: list[int] = []
-        for item in items:
-            entry = item.entry
-            tensor = self._composed(entry) if isinstance(entry, Composed) else entry
+        converted: list[int] = []
+        for item, tensor in zip(items, self._whole(items), strict=True):
             for number, region in item.regions:
-                view: torch.Tensor | None = tensor[tuple(map(slice, region.offset, _stop(region)))]
+                view = tensor[tuple(map(slice, region.offset, _stop(region)))]
                 if item.converts(region):
-                    view = self._converted(tensor, region, number)
-                if view is not None:
+                    part = Part(view, None, region.scale)
+                    shape = tuple(region.shape)
+                    self._converted.add([part], _dtype(region), shape, "of a digest", number)
+                    converted.append(number)
+                else:
                     views.append(view)
                     numbers.append(number)
-        self._digests = DigestPlan(views, numbers=numbers, blocks=self._blocks) if views else None
+        digested = set(self._converted.plan.digested)
+        for number, view in zip(converted, self._converted.tensors(), strict=True):
+            if number not in digested:
+                views.append(view)
+                numbers.append(number)
+        blocks = digest_blocks(self._device)
+        self._digests = DigestPlan(views, numbers=numbers, blocks=blocks) if views else None
 
     def run(self, sums_of: SumsOf) -> None:
         """Add the digests."""
         sums = sums_of(self._device)
-        for plan, buffer in self._fills:
-            plan.run(buffer, sums)
+        self._composed.run(sums)
+        self._converted.run(sums)
         if self._digests is not None:
             self._digests.run(sums)
 
-    def _composed(self, entry: Composed) -> torch.Tensor:
-        """Memory into which a named tensor is put together."""
-        plan = BufferPlan(self._device, into_buffer=True, blocks=self._blocks)
-        plan.add_parts(entry.parts, entry.dtype, entry.spec.shape, 0, entry.spec.name)
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device)
-        self._fills.append((plan, buffer))
-        return buffer.view(entry.dtype).view(entry.spec.shape)
-
-    def _converted(self, tensor: torch.Tensor, region: Region, number: int) -> torch.Tensor | None:
-        """Memory into which a region is converted; None if that digests it, too."""
-        view = tensor[tuple(map(slice, region.offset, _stop(region)))]
-        dtype = _dtype(region)
-        plan = BufferPlan(self._device, into_buffer=True, blocks=self._blocks)
-        part = Part(view, None, region.scale)
-        plan.add_parts([part], dtype, tuple(region.shape), 0, "of a digest", number)
-        nbytes = view.numel() * dtype.itemsize
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._fills.append((plan, buffer))
-        return None if plan.digested else buffer.view(dtype).view(tuple(region.shape))
+    def _whole(self, items: Sequence[Wanted]) -> list[torch.Tensor]:
+        """The named tensors; those of several parts are put together."""
+        several = [item.entry for item in items if isinstance(item.entry, Composed)]
+        for entry in several:
+            name = entry.spec.name
+            self._composed.add(entry.parts, entry.dtype, entry.spec.shape, name)
+        made = iter(self._composed.tensors())
+        return [next(made) if isinstance(i.entry, Composed) else i.entry for i in items]
 
 
 @dataclass(slots=True)
@@ -113,8 +150,8 @@ class ChunkDigests:
     """What is left to digest of a chunk that comes again."""
 
     kept: list[RegionPass] = field(default_factory=list)
-    remade: list[Wanted] = field(default_factory=list)
-    """Whose temporary memory is too large to keep."""
+    remade: list[list[Wanted]] = field(default_factory=list)
+    """Whose temporary memory is too large to keep, in turns."""
     kept_bytes: int = 0
     """Temporary memory that is kept."""
 
@@ -122,9 +159,9 @@ class ChunkDigests:
         """Add all digests."""
         for each in self.kept:
             each.run(sums_of)
-        for item in self.remade:
-            # One at a time: the temporary memory of one is the next one's, in stream order.
-            RegionPass([item]).run(sums_of)
+        for items in self.remade:
+            # One after the other: temporary memory is the next turn's, in stream order.
+            RegionPass(items).run(sums_of)
 
 
 class RegionDigests:
@@ -229,7 +266,7 @@ class RegionDigests:
             new.kept_bytes = temporary
             new.kept += [RegionPass(items) for items in _by_device(filled)]
         else:
-            new.remade = filled
+            new.remade = [turn for each in _by_device(filled) for turn in _turns(each)]
         if keep:
             self._chunks[plan] = new
         new.run(self.sums)
@@ -240,6 +277,20 @@ def _by_device(items: Iterable[Wanted]) -> Iterable[list[Wanted]]:
     for item in items:
         by_device.setdefault(item.device, []).append(item)
     return by_device.values()
+
+
+def _turns(items: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """What is filled together, in so much memory or for one tensor."""
+    turn: list[Wanted] = []
+    room = _KEPT_BYTES
+    for item in items:
+        if turn and item.temporary_bytes > room:
+            yield turn
+            turn, room = [], _KEPT_BYTES
+        turn.append(item)
+        room -= item.temporary_bytes
+    if turn:
+        yield turn
 
 
 def _dtype(region: Region) -> torch.dtype:

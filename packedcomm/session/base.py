@@ -230,10 +230,10 @@ class SessionEnd(abc.ABC):
             waited_for = ", ".join(str(peer["name"]) for peer in self._waited_for())
             self._say_to_all(Beat(str(self.state), waited_for[:200]))
 
-    def drop_communicator(self, reason: str) -> None:
+    def drop_communicator(self, reason: str, *, in_order: bool = False) -> None:
         """Give the communicator up, with its buffers; the next sync connects another.
 
-        Returns once nothing of it touches any tensor any more.
+        Returns once nothing of it touches any tensor any more; `in_order` it is idle.
 
         Raises:
             ContextLost: it can't be given up: this process must restart.
@@ -244,7 +244,8 @@ class SessionEnd(abc.ABC):
             return
         self.flight.note("communicator given up", reason=reason[:500])
         try:
-            communicator.abort(reason)
+            if not in_order:
+                communicator.abort(reason)
         finally:
             communicator.close()
             release_buffers(communicator)
@@ -299,8 +300,9 @@ class SessionEnd(abc.ABC):
             self._ended = self._ended or "the session is closed"
         with contextlib.ExitStack() as stack:
             stack.callback(self._channel.close)
-            # Not in order: for that NCCL waits for ranks that may not be about to close.
-            stack.callback(self.drop_communicator, "the session is closed")
+            # In order NCCL would wait for the other ranks, which may not be about to close.
+            idle = self.device.type != "cuda"
+            stack.callback(self.drop_communicator, "the session is closed", in_order=idle)
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)
             if in_order:

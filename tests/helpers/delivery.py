@@ -20,7 +20,8 @@ def deliver(target, wire, attributes=None):
     """Write tensors into a target as a transfer would, by the copy engine; the manifest."""
     manifest = Manifest.from_tensors(wire, attributes)
     placed = target.place(manifest)
-    buffer = torch.empty(manifest.nbytes, dtype=torch.uint8)
+    device = next((tensor.device for tensor in wire.values()), None)
+    buffer = torch.empty(manifest.nbytes, dtype=torch.uint8, device=device)
     plan = BufferPlan(buffer.device, into_buffer=False)
     offset = 0
     for spec, parts in zip(manifest.specs, placed, strict=True):

@@ -14,19 +14,20 @@ from tests.helpers.sessions import QUICK
 
 @contextmanager
 def sessions(
-    receivers: int, settings: Settings = QUICK
+    receivers: int, settings: Settings = QUICK, devices: tuple[Any, Any] = ("cpu", "cpu")
 ) -> Iterator[tuple[SenderSession, list[ReceiverSession]]]:
-    """A session between CPUs: the sender's end and all receivers' ends, in the order of ranks."""
+    """A session: the sender's end and all receivers' ends, in the order of ranks; `devices` are the
+    sender's and all receivers'."""
     with ExitStack() as stack:
         sender = stack.enter_context(
-            Session.listen("127.0.0.1:0", receivers=receivers, device="cpu", settings=settings)
+            Session.listen("127.0.0.1:0", receivers=receivers, device=devices[0], settings=settings)
         )
-        yield sender, [stack.enter_context(join(sender)) for _ in range(receivers)]
+        yield sender, [stack.enter_context(join(sender, devices[1])) for _ in range(receivers)]
 
 
-def join(sender: SenderSession) -> ReceiverSession:
+def join(sender: SenderSession, device: Any = "cpu") -> ReceiverSession:
     """One more receiver's end."""
-    return Session.connect(sender.address, device="cpu", settings=sender.settings)
+    return Session.connect(sender.address, device=device, settings=sender.settings)
 
 
 class Round:

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,9 +28,12 @@ from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine
 from tests.helpers.interrupted import Interrupted
 from tests.helpers.sessions import QUICK
 from tests.helpers.vllm_adapters import (
+    ADAPTED,
     COMMON,
+    OPTIONS,
     PROMPTS,
     TOKENS,
+    TRAINER,
     Engine,
     differ,
     generated,
@@ -46,7 +50,7 @@ START_S = 150
 
 def qwen3():
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**COMMON))
+    return Qwen3ForCausalLM(Qwen3Config(**COMMON)).to(TRAINER)
 
 
 def changed(model, seed):
@@ -55,7 +59,8 @@ def changed(model, seed):
     other = copy.deepcopy(model).eval()
     for parameter in other.parameters():
         mean, spread = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.08)
-        parameter.data.normal_(mean, spread, generator=generator)
+        values = torch.empty(parameter.shape).normal_(mean, spread, generator=generator)
+        parameter.data.copy_(values)
     return other
 
 
@@ -67,8 +72,18 @@ def two_models():
     return found
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def tensors_of(model):
     return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def on_host(model):
+    return {name: tensor.cpu() for name, tensor in tensors_of(model).items()}
 
 
 def status_of(worker):
@@ -77,21 +92,17 @@ def status_of(worker):
 
 
 class SyncedEngine(Engine):
-    """An engine with this backend and without adapters, unless they are asked for."""
+    """An engine with this backend and without adapters, unless otherwise is asked for."""
 
-    def __init__(self, model, path, **options):
+    def __init__(self, model, path, backend="packedcomm", **options):
         from vllm import LLM
 
         model.save_pretrained(path)
         self.llm = LLM(
             model=str(path),
-            weight_transfer_config={"backend": "packedcomm"},
-            enforce_eager=True,
-            skip_tokenizer_init=True,
+            weight_transfer_config={"backend": backend},
             dtype="float32",
-            max_model_len=64,
-            max_num_seqs=4,
-            max_num_batched_tokens=128,
+            **OPTIONS,
             **options,
         )
 
@@ -103,7 +114,7 @@ class SyncedEngine(Engine):
 def trainer_of(engine, receivers=1, **settings):
     """A session, and an updater that has connected the engine to it."""
     with Session.listen(
-        "127.0.0.1:0", receivers=receivers, device="cpu", settings=replace(SMALL, **settings)
+        "127.0.0.1:0", receivers=receivers, device=TRAINER, settings=replace(SMALL, **settings)
     ) as session:
         updater = EngineUpdater(engine, session, timeout_s=20)
         assert updater.connect() == receivers
@@ -113,10 +124,10 @@ def trainer_of(engine, receivers=1, **settings):
 def _die(pipe, tensors, receivers, url, share):
     """A trainer's process: killed in its second sync, of other weights; the first one is whole."""
     # Memory that is passed to another process is shared with it.
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(TRAINER, copy=True) for name, tensor in tensors.items()}
     settings = replace(SMALL, secret=os.environ.get("PACKEDCOMM_SECRET", ""))
     with Session.listen(
-        "127.0.0.1:0", receivers=receivers, device="cpu", settings=settings
+        "127.0.0.1:0", receivers=receivers, device=TRAINER, settings=settings
     ) as session:
         pipe.send(session.address)
         source = Interrupted(tensors)
@@ -147,7 +158,7 @@ class DyingTrainer:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_die, args=(theirs, tensors_of(model), receivers, url, share), daemon=True
+            target=_die, args=(theirs, on_host(model), receivers, url, share), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -179,8 +190,11 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--weight-transfer-config", json.dumps({"backend": "packedcomm"})]
-        command += ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init"]
-        command += ["--max-model-len", "64", "--max-num-seqs", "4", *options]
+        # It has adapters.
+        for name, value in ({"dtype": str(ADAPTED).removeprefix("torch.")} | OPTIONS).items():
+            flag = "--" + name.replace("_", "-")
+            command += [flag] if value is True else [flag, str(value)]
+        command += options
         changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

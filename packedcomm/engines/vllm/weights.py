@@ -73,20 +73,28 @@ class ModelWeights:
                 missing; nothing is touched.
         """
         digest = manifest.digest
-        recording = self._recordings.get(digest)
         target = self._targets.get(digest)
         if target is not None and target.moved:
             logger.warning("the engine's parameters have moved: recording its loader again")
-            recording = None
             self.forget()
         self._check(manifest)
+        recording = self._recordings.get(digest)
         if recording is None:
             return _Recorded(self, manifest)
         if not recording.proved:
             return _Proved(self, manifest, recording)
-        if not self._replayable(manifest, recording):
+        replay = self.foreseen(manifest)
+        if replay is None:
             return _Loaded(self, manifest)
         self.way = "replayed"
+        return replay
+
+    def foreseen(self, manifest: Manifest) -> RecordedTarget | None:
+        """The target of the next update of a manifest that was received, if it will be replayed."""
+        digest = manifest.digest
+        recording = self._recordings.get(digest)
+        if recording is None or not recording.proved or not self._replayable(manifest, recording):
+            return None
         if digest not in self._targets:
             live = live_tensors(self._model)
             self._targets[digest] = RecordedTarget(

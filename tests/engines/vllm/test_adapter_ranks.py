@@ -1,4 +1,4 @@
-"""Adapters in real engines of several ranks, and those of experts: the CPU build of vLLM."""
+"""Adapters in real engines of several ranks, and those of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="needs the CPU build of vLLM")
+pytest.importorskip("vllm", reason="needs vLLM")
 
 from safetensors.torch import load_file, save_file
 
@@ -18,11 +18,12 @@ from packedcomm.engines.vllm.adapters import adapter_target
 from tests.helpers.delivery import deliver
 from tests.helpers.lora import attributes
 from tests.helpers.sessions import QUICK
-from tests.helpers.vllm_adapters import CPU, Engine, Trainer, agree, llama, qwen3_moe
+from tests.helpers.vllm_adapters import GPUS, TRAINER, Engine, Trainer, agree, llama, qwen3_moe
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.skipif(GPUS == 2, reason="the trainer has a GPU of its own"),
 ]
 
 
@@ -75,9 +76,9 @@ def slots_that_differ(worker, one, other, reached):
 
 def deliver_in_worker(worker, path, name):
     """Runs in each worker: write a saved adapter's tensors as a sync would."""
-    target = adapter_target(worker.get_model(), worker.vllm_config, CPU, name)
+    target = adapter_target(worker.get_model(), worker.vllm_config, worker.device, name)
     described = json.loads((path / "attributes.json").read_text())
-    deliver(target, load_file(path / "adapter_model.safetensors"), described)
+    deliver(target, load_file(path / "adapter_model.safetensors", str(worker.device)), described)
 
 
 def saved(path, model, **config):
@@ -157,8 +158,8 @@ def test_each_stage_takes_its_layers(tmp_path, start):
 
 def receive_in_worker(worker, address, name):
     """Runs in each worker: take part in one sync."""
-    with Session.connect(address, device="cpu", settings=QUICK) as session:
-        target = adapter_target(worker.get_model(), worker.vllm_config, CPU, name)
+    with Session.connect(address, device=worker.device, settings=QUICK) as session:
+        target = adapter_target(worker.get_model(), worker.vllm_config, worker.device, name)
         result = WeightReceiver(target, session).receive(20)
         return None if result is None else result.version
 
@@ -166,7 +167,7 @@ def receive_in_worker(worker, address, name):
 def synced_by_workers(engine, source, name, version):
     """One sync into every worker of an engine; the versions that they show."""
     with (
-        Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=QUICK) as session,
+        Session.listen("127.0.0.1:0", receivers=2, device=TRAINER, settings=QUICK) as session,
         ThreadPoolExecutor(1) as pool,
     ):
         versions = pool.submit(

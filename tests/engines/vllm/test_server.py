@@ -1,16 +1,16 @@
-"""A real server that trainers in other processes sync into over HTTP: the CPU build of vLLM."""
+"""A real server that trainers in other processes sync into over HTTP."""
 
 from __future__ import annotations
 
 import json
-import socket
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="needs the CPU build of vLLM")
+pytest.importorskip("vllm", reason="needs vLLM")
+pytest.importorskip("uvicorn", reason="needs vLLM with its server")
 
 from packedcomm import FullWeightSender, LoraSender, Session
 from packedcomm.engines.vllm import http_engine
@@ -24,19 +24,20 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from tests.helpers.sessions import SECRET
-from tests.helpers.vllm_adapters import Trainer, agree, differ, generated, llama
-from tests.helpers.vllm_engines import SMALL, DyingTrainer, Server, tensors_of, two_models
+from tests.helpers.vllm_adapters import TRAINER, Trainer, agree, differ, generated, llama
+from tests.helpers.vllm_engines import (
+    SMALL,
+    DyingTrainer,
+    Server,
+    free_port,
+    tensors_of,
+    two_models,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def engine(server):
 @contextmanager
 def listening(engine, secret=SECRET):
     with Session.listen(
-        "127.0.0.1:0", receivers=1, device="cpu", settings=replace(SMALL, secret=secret)
+        "127.0.0.1:0", receivers=1, device=TRAINER, settings=replace(SMALL, secret=secret)
     ) as session:
         yield session, EngineUpdater(engine, session, timeout_s=20)
 
@@ -139,7 +140,7 @@ def test_errors_keep_their_classes_on_the_way(trainer, synced, models, engine):
     del tensors["model.norm.weight"]
     with pytest.raises(ManifestError, match=r"not sent: model\.norm\.weight"):
         updater.update(FullWeightSender(tensors, session))
-    tensors = tensors_of(models[1][0]) | {"model.bogus": torch.zeros(3)}
+    tensors = tensors_of(models[1][0]) | {"model.bogus": torch.zeros(3, device=TRAINER)}
     with pytest.raises(ManifestError, match="bogus"):
         updater.update(FullWeightSender(tensors, session))
     with pytest.raises(ArgumentError, match="secret"):

@@ -1,0 +1,136 @@
+"""Both ends of vLLM's own NCCL backend: its real communicator, packing and engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM")
+
+from packedcomm import TensorTarget
+from packedcomm.engines.vllm.stock import StockReceiver, StockSender, StockWire
+from packedcomm.errors import ManifestError, VersionMismatch
+from tests.helpers.sessions import QUICK
+from tests.helpers.vllm_adapters import ENGINE, GPUS, TRAINER, agree, generated, llama
+from tests.helpers.vllm_engines import SyncedEngine, changed, free_port, tensors_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"),
+]
+
+# Several chunks of a few tensors each, and one tensor that is larger than a chunk.
+SMALL = StockWire(packed=True, buffer_size_bytes=1 << 16)
+WIRES = [SMALL, StockWire(packed=True), StockWire(packed=False)]
+WIRE_IDS = ["small chunks", "packed", "one by one"]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    engine = SyncedEngine(llama(), tmp_path_factory.mktemp("stock"), backend="nccl")
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("wire", WIRES, ids=WIRE_IDS)
+def test_the_stock_engine_takes_what_is_sent(engine, wire):
+    with StockSender(
+        engine.llm, "127.0.0.1:0", device=TRAINER, wire=wire, workers=[1], settings=QUICK
+    ) as sender:
+        sender.connect()
+        for seed in (1, 2, 3):
+            model = changed(llama(), seed)
+            sender.send(tensors_of(model))
+            agree(engine.generate(), generated(model))
+        # Again, as after a failure.
+        sender.connect()
+        model = changed(llama(), 4)
+        sender.send(tensors_of(model))
+        agree(engine.generate(), generated(model))
+
+
+def test_another_nccl_is_refused(engine):
+    sender = StockSender(engine.llm, "127.0.0.1:0", device=TRAINER, nccl_version="2.11.4")
+    with pytest.raises(VersionMismatch, match=r"2\.11\.4"):
+        sender.connect()
+
+
+class StockTrainer:
+    """vLLM's own trainer, on a thread of its own."""
+
+    def __init__(self, port):
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        self.info = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2}
+        self._engine = NCCLWeightTransferEngine
+        self._pool = ThreadPoolExecutor(1)
+        self.group = self._pool.submit(self._connect)
+
+    def _connect(self):
+        torch.cuda.set_device(TRAINER)
+        return self._engine.trainer_init(dict(self.info))
+
+    def send(self, tensors, wire):
+        return self._pool.submit(self._send, tensors, wire)
+
+    def _send(self, tensors, wire):
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs
+
+        arguments = NCCLTrainerSendWeightsArgs(group=self.group.result(), **wire.as_dict())
+        self._engine.trainer_send_weights(iter(tensors.items()), arguments)
+        torch.cuda.synchronize(TRAINER)
+
+
+@pytest.fixture
+def ends():
+    trainer = StockTrainer(free_port())
+    receiver = StockReceiver.connect(trainer.info, 1, device=ENGINE, settings=QUICK)
+    trainer.group.result(30)
+    yield trainer, receiver
+    receiver.close()
+
+
+def described(tensors, wire):
+    return {
+        "names": list(tensors),
+        "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+        "shapes": [list(t.shape) for t in tensors.values()],
+        **wire.as_dict(),
+    }
+
+
+@pytest.mark.parametrize("wire", WIRES, ids=WIRE_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stock_trainer_is_received(ends, wire, dtype):
+    trainer, receiver = ends
+    for seed in (1, 2):
+        tensors = {n: t.to(dtype) for n, t in tensors_of(changed(llama(), seed)).items()}
+        live = {name: torch.zeros_like(t, device=ENGINE) for name, t in tensors.items()}
+        sent = trainer.send(tensors, wire)
+        receiver.receive(described(tensors, wire), TensorTarget(live))
+        sent.result(30)
+        torch.cuda.synchronize(ENGINE)
+        for name, tensor in tensors.items():
+            assert torch.equal(live[name].cpu(), tensor.cpu()), name
+        # Tensors may be kept.
+        chunks = []
+        sent = trainer.send(tensors, wire)
+        receiver.receive(described(tensors, wire), chunks.append)
+        sent.result(30)
+        torch.cuda.synchronize(ENGINE)
+        shown = dict(item for chunk in chunks for item in chunk)
+        assert list(shown) == list(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(shown[name].cpu(), tensor.cpu()), name
+
+
+def test_a_target_that_doesnt_fit_is_known_before_the_data(ends):
+    trainer, receiver = ends
+    tensors = tensors_of(changed(llama(), 1))
+    live = {name: torch.zeros_like(t, device=ENGINE) for name, t in list(tensors.items())[1:]}
+    with pytest.raises(ManifestError):
+        receiver.receive(described(tensors, SMALL), TensorTarget(live))
+    assert trainer.group.done()
