@@ -201,6 +201,18 @@ class Dialogue(SessionEnd):
         with contextlib.suppress(PackedCommError):
             self._cancelled = self._say(Cancel(*described(error), untouched))
 
+    def interrupt(self, error: PackedCommError) -> None:
+        """End what is under way as if every receiver that hasn't reported a failure had reported
+        this one, where it has become known by other means. May be called from any thread, and
+        again: a report is lost where places in a new communicator are just being given.
+
+        Args:
+            error: what the sync is to raise.
+        """
+        for member in self.members.connected:
+            if member.failure_since(self._cancelled) is None:
+                member.hear(self._number, Failure(*described(error)))
+
     def known_failure(self) -> PackedCommError | None:
         """As `failure`, of what has come already."""
         return self.phases.interruption or self._failed()

@@ -6,8 +6,6 @@ import threading
 
 from packedcomm.errors import PackedCommError
 from packedcomm.session import SenderSession
-from packedcomm.session.messages import Failure
-from packedcomm.session.remote_errors import described
 
 __all__ = ["Interruption"]
 
@@ -22,10 +20,10 @@ class Interruption:
     """What may end one sync of a session from another thread.
 
     An engine's call can fail (a server's error, a lost connection) while its workers stay in the
-    session, idle and well, so that the sync would wait for them up to its deadline. The error is
-    then put where a receiver's own report of a failure would be, and the sync fails as it does with
-    that: every receiver hears of it, and the session goes on. Where it is the session's first
-    communicator that is being connected, the session ends, as it does with any failure there.
+    session, idle and well, so that the sync would wait for them up to its deadline. It then fails
+    as by their own report: every receiver hears of it, and the session goes on. Where it is the
+    session's first communicator that is being connected, the session ends, as it does with any
+    failure there.
 
     Args:
         session: the sender's.
@@ -45,7 +43,7 @@ class Interruption:
             with self._lock:
                 if not self._over.is_set():
                     self.error = self.error or error
-                    self._report(error)
+                    self._session.interrupt(error)
 
     def close(self, failed: BaseException | None) -> None:
         """The sync is over: nothing that was reported may reach the next one, and every receiver
@@ -55,9 +53,3 @@ class Interruption:
         error = self.error or failed
         if error is not None:
             self._session.cancel(error)
-
-    def _report(self, error: PackedCommError) -> None:
-        session = self._session
-        for member in session.members.connected:
-            if member.failure_since(session._cancelled) is None:
-                member.hear(session._number, Failure(*described(error), False))

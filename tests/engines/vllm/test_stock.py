@@ -64,14 +64,16 @@ class StockTrainer:
     def __init__(self, port):
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-        self.info = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2}
+        self._info = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2}
+        # What it tells its workers.
+        self.info = self._info | {"rank_offset": 1}
         self._engine = NCCLWeightTransferEngine
         self._pool = ThreadPoolExecutor(1)
         self.group = self._pool.submit(self._connect)
 
     def _connect(self):
         torch.cuda.set_device(TRAINER)
-        return self._engine.trainer_init(dict(self.info))
+        return self._engine.trainer_init(self._info)
 
     def send(self, tensors, wire):
         return self._pool.submit(self._send, tensors, wire)
