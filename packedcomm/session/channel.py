@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import zmq
@@ -73,6 +76,16 @@ class Channel:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_DISCONNECTED
         )
+        # What is done in this order before the context ends. A socket must never be collected
+        # together with its context, whose end would wait for it for ever: they are held from here
+        # until `close`, or until nobody has the channel any more.
+        self._endings: list[Callable[[], object]] = [
+            self._socket.disable_monitor,
+            partial(self._monitor.close, 0),
+            self._socket.close,
+        ]
+        self._held = weakref.finalize(self, _release_aside, self._context, self._endings)
+        self._held.atexit = False
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -111,14 +124,23 @@ class Channel:
         """Send what is on its way, for a second at most, and release everything. Idempotent; may be
         called from any thread."""
         with self._lock:
-            if self._closed:
+            if self._held.detach() is None:
                 return
             self._closed = True
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close()
-            self._close_further()
+            for end in self._endings:
+                end()
         self._context.term()
 
-    def _close_further(self) -> None:
-        """Release what only this kind of channel has, before the context ends."""
+
+def _release_aside(*held: Any) -> None:
+    """Release what a forgotten channel had, on a thread of its own: whichever has just collected
+    garbage can't wait, and may be one that is to end."""
+    threading.Thread(target=_release, args=held, name="packedcomm-release", daemon=True).start()
+
+
+def _release(
+    context: zmq.Context[zmq.Socket[bytes]], endings: Sequence[Callable[[], object]]
+) -> None:
+    for end in endings:
+        end()
+    context.term()

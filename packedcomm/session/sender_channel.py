@@ -42,7 +42,6 @@ class SenderChannel(Channel):
             ArgumentError: address or secret are malformed or don't go together.
             AddressInUse: another socket listens there.
         """
-        self._gate: Gate | None = None
         self._suspect_until = 0.0
         self._next_question = 0.0
         # Descriptors of connections that nothing has come from, and since when they are there.
@@ -61,7 +60,8 @@ class SenderChannel(Channel):
             self._socket.curve_server = True
             self._socket.curve_publickey = keys.public
             self._socket.curve_secretkey = keys.private
-            self._gate = Gate(self._context, Keys.of_receivers(secret).public)
+            gate = Gate(self._context, Keys.of_receivers(secret).public)
+            self._endings.append(gate.close)
         # Without it frames to a peer that has gone would be dropped silently.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # ZeroMQ takes over the socket that is bound already: its own would find ports in use late,
@@ -161,10 +161,6 @@ class SenderChannel(Channel):
                 raise
             return False
         return True
-
-    def _close_further(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
 
 
 def _cut(descriptor: int, port: int) -> None:
