@@ -12,7 +12,7 @@ OUT ?= benchmarks/results
 FUZZ_SECONDS ?= 600
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-vllm fuzz soak lint format bench report gpu-build gpu-test gpu-bench peers clean
+.PHONY: demo test test-vllm fuzz soak lint format bench report gpu-build gpu-test gpu-test-vllm gpu-bench peers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
@@ -99,6 +99,13 @@ gpu-build:
 
 gpu-test: gpu-build
 	$(PYTHON) -m pytest tests/gpu -v --durations=5 -p no:cacheprovider
+
+# With vLLM installed beside this package: the engine on the first GPU, its trainer on the last one;
+# with four GPUs also engines of two workers.
+gpu-test-vllm: gpu-build
+	for file in tests/engines/vllm/test_*.py; do \
+		$(PYTHON) -m pytest -p no:cacheprovider $$file || exit 1; \
+	done
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)

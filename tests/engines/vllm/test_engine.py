@@ -341,6 +341,27 @@ def test_a_trainer_that_is_killed_leaves_an_engine_that_answers(engines, name, s
             agree(engine.generate(), expected)
 
 
+@pytest.mark.skipif(ENGINE.type == "cpu", reason="the CPU build can't sleep")
+def test_an_engine_that_sleeps_is_updated_when_it_is_awake(tmp_path, models):
+    engine = SyncedEngine(llama(), tmp_path, enable_sleep_mode=True)
+    try:
+        with trainer_of(engine.llm) as (session, updater):
+            for model, expected in models * 2:
+                updater.update(FullWeightSender(model, session))
+                agree(engine.generate(), expected)
+            engine.llm.sleep(level=1)
+            with pytest.raises(SessionStateError, match="asleep"):
+                updater.update(FullWeightSender(models[0][0], session))
+            engine.llm.wake_up()
+            agree(engine.generate(), models[1][1])
+            for model, expected in models:
+                updater.update(FullWeightSender(model, session))
+                agree(engine.generate(), expected)
+            assert engine.statuses()[0]["way"] == "replayed"
+    finally:
+        engine.close()
+
+
 def test_unknown_keys_of_the_configuration_are_refused(tmp_path):
     from vllm.engine.arg_utils import EngineArgs
 
