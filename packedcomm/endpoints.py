@@ -43,8 +43,9 @@ class TargetChooser(Protocol):
 
     A chooser may have an attribute `notes`, up to 16 texts of up to 512 bytes, for whoever sends;
     and a method `foreseen(manifest)`, which is asked after a sync was committed for the target of
-    the next one of that manifest, None if it isn't known: it is planned then, not when it is waited
-    for.
+    the next one of that manifest, None if it isn't known. One with fixed destinations is planned
+    then, before the receiver returns from the sync, and not in the next one; the chooser must keep
+    it.
     """
 
     def choose(self, manifest: Manifest) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
-from packedcomm.endpoints import TargetChooser, is_target
+from packedcomm.endpoints import Target, TargetChooser, is_target
 from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
@@ -45,6 +45,8 @@ from packedcomm.verification import (
 )
 
 __all__ = ["Following", "Update"]
+
+logger = logging.getLogger("packedcomm")
 
 # Manifests, and what was planned for them, that are remembered.
 _KEPT_MANIFESTS = 8
@@ -167,21 +169,30 @@ class Following:
             raise
 
     def plan_ahead(self, offer: Offer) -> None:
-        """Plan the next sync of what was offered, where its target is known already. What fails
-        here would fail there again, and is reported there."""
-        manifest = self._manifests.get(offer.digest)
-        foreseen = getattr(self._given, "foreseen", None)
-        if foreseen is None or manifest is None:
-            return
+        """Plan the next sync of what was offered, where a chooser knows its target already. Never
+        raises: what fails now is planned again when it is chosen."""
+        try:
+            manifest = self._manifests[offer.digest]
+            foreseen = getattr(self._given, "foreseen", None)
+            if not isinstance(self._given, TargetChooser) or foreseen is None:
+                return
+            target = foreseen(manifest)
+            fixed = is_target(target) and getattr(target, "fixed_destinations", False)
+            if fixed and target is not self._target and self._session.lasts:
+                self._plan(target, manifest, offer)
+        except Exception:
+            logger.debug("nothing is planned ahead", exc_info=True)
+
+    def _plan(self, target: Target, manifest: Manifest, offer: Offer) -> None:
         session = self._session
         cut = chunk_rule(session.wire_format, offer.buffer_size_bytes)
-        with suppress(Exception):
-            target = foreseen(manifest)
-            if not is_target(target) or target is self._target:
-                return
-            group, buffers = session.communicator, session.settings.num_buffers
-            with PIPELINES.borrow(group, session.device, buffers) as pipeline:
+        group, buffers = session.communicator, session.settings.num_buffers
+        with PIPELINES.borrow(group, session.device, buffers) as pipeline:
+            try:
                 Receiving(pipeline, group, 0, cut, target, None).place(manifest)
+            except Exception:
+                # Nothing of the pipeline was used: it stays.
+                logger.debug("a target that was foreseen doesn't fit", exc_info=True)
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank says is behind a failure of the transfer."""

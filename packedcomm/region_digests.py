@@ -13,12 +13,12 @@ from packedcomm.copying import BufferPlan, Part
 from packedcomm.digests import DigestPlan
 from packedcomm.errors import ProtocolError
 from packedcomm.manifest import Manifest
-from packedcomm.planning.chunks import NATIVE_ALIGNMENT
+from packedcomm.planning.chunks import aligned
 from packedcomm.session.messages import Region
 from packedcomm.transports.chunk_plans import ChunkPlan, Composed, Entry
 from packedcomm.transports.digest_sums import DigestSums, digest_blocks
 from packedcomm.transports.lanes import Work
-from packedcomm.transports.slots import Pipeline
+from packedcomm.transports.slots import Pipeline, bytes_on
 
 __all__ = ["RegionDigests"]
 
@@ -66,7 +66,8 @@ class Filling:
         self.plan = BufferPlan(device, into_buffer=True, blocks=digest_blocks(device))
         self._places: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
         self._end = 0
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._device = device
+        self._buffer: torch.Tensor | None = None
 
     def add(
         self,
@@ -80,19 +81,19 @@ class Filling:
         self.plan.add_parts(parts, dtype, shape, self._end, name, number)
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         self._places.append((self._end, nbytes, dtype, shape))
-        self._end += -(-nbytes // NATIVE_ALIGNMENT) * NATIVE_ALIGNMENT
+        self._end = aligned(self._end + nbytes)
 
     def tensors(self) -> list[torch.Tensor]:
         """What was added, in order, in memory that is allocated now."""
-        self._buffer = self._buffer.new_empty(self._end)
+        buffer = self._buffer = bytes_on(self._device, self._end)
         return [
-            self._buffer[begin : begin + nbytes].view(dtype).view(shape)
+            buffer[begin : begin + nbytes].view(dtype).view(shape)
             for begin, nbytes, dtype, shape in self._places
         ]
 
     def run(self, sums: torch.Tensor) -> None:
         """Fill the memory."""
-        if self._places:
+        if self._buffer is not None and self._places:
             self.plan.run(self._buffer, sums)
 
 
@@ -257,9 +258,10 @@ class RegionDigests:
 
     def _digest_new(self, plan: ChunkPlan, wanted: Sequence[Wanted], keep: bool) -> None:
         """In the digest lane."""
-        as_they_are = [item for item in wanted if not item.temporary_bytes]
-        filled = [item for item in wanted if item.temporary_bytes]
-        temporary = sum(item.temporary_bytes for item in filled)
+        sizes = [(item, item.temporary_bytes) for item in wanted]
+        as_they_are = [item for item, nbytes in sizes if not nbytes]
+        filled = [item for item, nbytes in sizes if nbytes]
+        temporary = sum(nbytes for _, nbytes in sizes)
         new = ChunkDigests([RegionPass(items) for items in _by_device(as_they_are)])
         held = sum(chunk.kept_bytes for chunk in self._chunks.values())
         if keep and held + temporary <= _KEPT_BYTES:
@@ -284,11 +286,12 @@ def _turns(items: Iterable[Wanted]) -> Iterator[list[Wanted]]:
     turn: list[Wanted] = []
     room = _KEPT_BYTES
     for item in items:
-        if turn and item.temporary_bytes > room:
+        nbytes = item.temporary_bytes
+        if turn and nbytes > room:
             yield turn
             turn, room = [], _KEPT_BYTES
         turn.append(item)
-        room -= item.temporary_bytes
+        room -= nbytes
     if turn:
         yield turn
 

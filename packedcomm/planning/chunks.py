@@ -22,6 +22,7 @@ __all__ = [
     "Chunk",
     "Cut",
     "WireFormat",
+    "aligned",
     "chunk_rule",
     "native_chunks",
     "slot_bytes",
@@ -31,6 +32,7 @@ __all__ = [
 # The parameters of version 1 of the native format: part of the wire, so not settings.
 NATIVE_ALIGNMENT = 16
 """Bytes. Every tensor of a packed chunk starts at a multiple of it."""
+
 
 NATIVE_DIRECT_BYTES = 1 << 20
 """A tensor of at least this size travels from memory to memory, unpacked."""
@@ -42,6 +44,11 @@ NATIVE_GROUP_TENSORS = 64
 """...or this many tensors."""
 
 WireFormat = Literal["vllm", "native"]
+
+
+def aligned(offset: int) -> int:
+    """The next place in a packed chunk at which a tensor may start, in bytes."""
+    return -(-offset // NATIVE_ALIGNMENT) * NATIVE_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,7 @@ def native_chunks(
                 yield Chunk(direct, direct_sizes, (), direct_total, direct=True)
                 direct, direct_sizes, direct_total = [], [], 0
             continue
-        offset = -(-end // NATIVE_ALIGNMENT) * NATIVE_ALIGNMENT
+        offset = aligned(end)
         if packed and offset + size > buffer_size_bytes:
             yield Chunk(packed, packed_sizes, offsets, end)
             packed, packed_sizes, offsets, offset = [], [], [], 0

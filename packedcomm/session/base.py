@@ -154,8 +154,10 @@ class SessionEnd(abc.ABC):
     def _give_more_time(self, seconds: float) -> None:
         """Let the silence of peers count from so much later."""
 
-    def _tell_interrupted(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
-        """Tell everybody why the transfer is over, off the thread that may be blocked."""
+    def _interrupt(self, phase: Phase, error: PackedCommError) -> bool:
+        """Mark a phase as over, if it is still the present one, and tell everybody why, off the
+        thread that may be blocked; whether it was."""
+        return self.phases.interrupt(phase, error)
 
     def _give_up_silent_peers(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
         """A deadline has passed: whoever hasn't been heard lately is the reason."""
@@ -181,8 +183,7 @@ class SessionEnd(abc.ABC):
         trouble = trouble or self._trouble(phase)
         # Before the phase is marked: its thread may have another one soon.
         communicator = self._communicator
-        if trouble is not None and self.phases.interrupt(phase, trouble):
-            self._tell_interrupted(trouble)
+        if trouble is not None and self._interrupt(phase, trouble):
             self._release(communicator, str(trouble))
 
     def _trouble(self, phase: Phase) -> PackedCommError | None:
@@ -233,7 +234,11 @@ class SessionEnd(abc.ABC):
     def drop_communicator(self, reason: str, *, in_order: bool = False) -> None:
         """Give the communicator up, with its buffers; the next sync connects another.
 
-        Returns once nothing of it touches any tensor any more; `in_order` it is idle.
+        Returns once nothing of it touches any tensor any more.
+
+        Args:
+            reason: why.
+            in_order: whether it is idle, so that nothing has to be aborted.
 
         Raises:
             ContextLost: it can't be given up: this process must restart.
@@ -300,9 +305,9 @@ class SessionEnd(abc.ABC):
             self._ended = self._ended or "the session is closed"
         with contextlib.ExitStack() as stack:
             stack.callback(self._channel.close)
-            # In order NCCL would wait for the other ranks, which may not be about to close.
-            idle = self.device.type != "cuda"
-            stack.callback(self.drop_communicator, "the session is closed", in_order=idle)
+            # NCCL's order would be to wait for other ranks, which may not be about to close.
+            quiet = self.device.type != "cuda"
+            stack.callback(self.drop_communicator, "the session is closed", in_order=quiet)
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)
             if in_order:

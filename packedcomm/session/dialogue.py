@@ -21,7 +21,7 @@ from packedcomm.session.base import SessionEnd
 from packedcomm.session.frames import decode, encode
 from packedcomm.session.members import Member, Members
 from packedcomm.session.messages import Beat, Cancel, Failure, Hello, Message, Refused
-from packedcomm.session.phases import deadline_after
+from packedcomm.session.phases import Phase, deadline_after
 from packedcomm.session.remote_errors import combined, described, remote_error
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import AT_REST, SyncState
@@ -195,16 +195,18 @@ class Dialogue(SessionEnd):
         that have gone or a session that has ended: the error matters more. May be called from any
         thread.
         """
-        if self._ended is not None:
-            return
-        untouched = self.state in AT_REST or self.state is SyncState.AGREED
-        with contextlib.suppress(PackedCommError):
-            self._cancelled = self._say(Cancel(*described(error), untouched))
+        self._cancel(error, untouched=self.state in AT_REST or self.state is SyncState.AGREED)
+
+    def _cancel(self, error: BaseException, *, untouched: bool) -> None:
+        if self._ended is None:
+            with contextlib.suppress(PackedCommError):
+                self._cancelled = self._say(Cancel(*described(error), untouched))
 
     def interrupt(self, error: PackedCommError) -> None:
-        """End what is under way as if every receiver that hasn't reported a failure had reported
-        this one, where it has become known by other means. May be called from any thread, and
-        again: a report is lost where places in a new communicator are just being given.
+        """End the sync that is under way as if every receiver that hasn't reported a failure had
+        reported this one, where it has become known by other means. May be called from any thread,
+        and again: a report is lost where places in a new communicator are just being given. When
+        the sync is over `cancel` must follow, or the next one hears of it.
 
         Args:
             error: what the sync is to raise.
@@ -326,8 +328,15 @@ class Dialogue(SessionEnd):
                 if not self._channel.send(member.peer, frame):
                     member.disconnect(self._during())
 
-    def _tell_interrupted(self, error: PackedCommError) -> None:
-        self.cancel(error)
+    def _interrupt(self, phase: Phase, error: PackedCommError) -> bool:
+        # Whoever finds the mark speaks after this: the receivers must not take it for a word on
+        # what comes next.
+        with self._saying:
+            interrupted = super()._interrupt(phase, error)
+            if interrupted:
+                # What moves has moved, whatever the session's own thread does meanwhile.
+                self._cancel(error, untouched=False)
+            return interrupted
 
     def _give_up_silent_peers(self, error: PackedCommError) -> None:
         for member in self._silent():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -222,7 +221,7 @@ class ReceiverSession(SessionEnd):
         """Whether the sender has given up what this end waits for before it sent any data. What it
         says first counts: whatever it says after that is of no sync any more."""
         cancels = (m for _, m in list(self._inbox) if isinstance(m, Cancel))
-        return any(m.untouched for m in islice(cancels, 1))
+        return next((m.untouched for m in cancels), False)
 
     def _silent(self) -> DeadlineExceeded | None:
         silence = time.monotonic() - self._heard

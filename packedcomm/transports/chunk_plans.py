@@ -15,7 +15,7 @@ from packedcomm.communicators.base import Operands
 from packedcomm.copying import BufferPlan, Names, Part, describe_tensors
 from packedcomm.errors import TensorError
 from packedcomm.manifest import TensorSpec
-from packedcomm.planning.chunks import NATIVE_ALIGNMENT, Chunk
+from packedcomm.planning.chunks import NATIVE_ALIGNMENT, Chunk, aligned
 from packedcomm.transports.slots import COPY_BLOCKS, Slot
 
 __all__ = ["ChunkPlan", "Composed", "Entry", "entry_of", "plan_chunk"]
@@ -218,7 +218,7 @@ def _aside(chunk: Chunk, direct: Sequence[bool]) -> tuple[list[int], int]:
     for size, in_place in zip(chunk.sizes, direct, strict=True):
         offsets.append(0 if in_place else end)
         if not in_place:
-            end += -(-size // NATIVE_ALIGNMENT) * NATIVE_ALIGNMENT
+            end = aligned(end + size)
     return offsets, end
 
 

@@ -98,8 +98,10 @@ class StreamLane:
         return self._event()
 
     def retire(self) -> None:
-        """Leave the stream to a later lane; nothing is run here any more."""
-        _IDLE[self._device].append(self.stream)
+        """Leave the stream to a later lane; nothing is run here any more. One with work left on it,
+        which may wait for a peer that has gone, isn't used again."""
+        if self.stream.query():
+            _IDLE[self._device].append(self.stream)
 
     def start_timing(self) -> None:
         self._timing = True

@@ -29,6 +29,7 @@ __all__ = [
     "PIPELINES",
     "Pipeline",
     "Slot",
+    "bytes_on",
     "group_device",
     "indexed",
     "release_buffers",
@@ -78,6 +79,22 @@ class Slot:
         self.operands.clear()
 
 
+def bytes_on(device: torch.device, nbytes: int) -> torch.Tensor:
+    """Memory that outlives the caller's inference mode, whose tensors can't be written outside.
+
+    Raises:
+        CapacityError: no memory.
+    """
+    try:
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError on a CPU
+        raise CapacityError(
+            f"no memory for a buffer of {nbytes:,} bytes on {device}: "
+            f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
+        ) from error
+
+
 class Pipeline:
     """Lanes and slots of one group in one direction, kept from one transfer to the next.
 
@@ -85,6 +102,8 @@ class Pipeline:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.spoiled = False
+        """Whether a transfer has failed in it."""
         self.device = device
         self.caller: Caller
         self.wire: Lane
@@ -100,8 +119,6 @@ class Pipeline:
             self.wire = InlineLane()
             self.copy = InlineLane()
             self.digest = InlineLane()
-        self.spoiled = False
-        """Whether a transfer has failed in it."""
         self.slots: list[Slot] = []
         # Chunk plans that are kept with a target or with a source's snapshot.
         self.plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -192,15 +209,7 @@ class Pipeline:
         Raises:
             CapacityError: no memory.
         """
-        try:
-            # A slot outlives the caller's inference mode, whose tensors can't be written outside.
-            with torch.inference_mode(False):
-                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError on a CPU
-            raise CapacityError(
-                f"no memory for a buffer of {nbytes:,} bytes on {self.device}: "
-                f"{str(error).splitlines()[0]}; try a smaller buffer_size_bytes"
-            ) from error
+        buffer = bytes_on(self.device, nbytes)
         for lane in (self.wire, self.copy, self.digest):
             # The block belongs to the caller's stream; freed, it must not be handed out again
             # before these streams are done with it.

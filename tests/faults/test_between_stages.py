@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from packedcomm import FullWeightSender, ModuleSource, Session, TensorTarget, We
 from packedcomm.errors import ManifestError, PackedCommError, PeerLost, SessionStateError
 from packedcomm.session.messages import Cancel, Committed
 from tests.helpers.in_process import Round, join, sessions
+from tests.helpers.interrupted import Interrupted
 from tests.helpers.sessions import QUICK
 
 
@@ -87,7 +89,42 @@ def test_the_first_word_says_whether_data_was_sent(first):
         deadline = time.monotonic() + 10
         while len(end._inbox) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert len(end._inbox) == 2
         assert end.untouched is first
+
+
+@pytest.mark.fault(19)
+def test_what_the_supervisor_says_of_a_sync_comes_before_the_next_one(monkeypatch):
+    live = {name: torch.zeros(8) for name in "abcd"}
+    sent = {name: torch.ones(8) for name in live}
+
+    def fails(version, items):
+        raise ZeroDivisionError("not this one")
+
+    # A chunk for each tensor.
+    with sessions(1, replace(QUICK, buffer_size_bytes=32)) as (session, (end,)):
+        said, cancel = [], session._cancel
+
+        def late(error, **options):
+            if threading.current_thread() is not threading.main_thread():
+                # The session's own thread has found the mark by then.
+                time.sleep(0.6)
+                said.append(options["untouched"])
+            cancel(error, **options)
+
+        monkeypatch.setattr(session, "_cancel", late)
+        source = Interrupted(sent)
+        # The receiver has failed by the time that the last tensor is there.
+        source.when(3, lambda: time.sleep(0.3))
+        failed = Round(FullWeightSender(source, session).sync, [WeightReceiver(fails, end)])
+        assert "not this one" in str(failed.sent)
+        begin = time.monotonic()
+        receiver = WeightReceiver(TensorTarget(live), end)
+        done = Round(FullWeightSender(sent, session).sync, [receiver])
+        assert [getattr(found, "version", found) for found in (done.sent, *done.received)] == [0, 0]
+        assert time.monotonic() - begin < 5
+        assert said == [False]
+        assert float(live["a"][0]) == 1.0
 
 
 @pytest.mark.fault(9)

@@ -39,6 +39,7 @@ from tests.helpers.vllm_adapters import (
     generated,
     llama,
 )
+from tests.helpers.vllm_adapters import agree as agree_in
 
 # Chunks of some tensors each: a failure is in the middle of many.
 SMALL = replace(QUICK, buffer_size_bytes=1 << 16)
@@ -89,6 +90,11 @@ def on_host(model):
 def status_of(worker):
     """Runs in each worker."""
     return worker.weight_transfer_engine.status()
+
+
+def agree(found, expected):
+    """As for engines with adapters; those without are of float32."""
+    agree_in(found, expected, torch.float32)
 
 
 class SyncedEngine(Engine):

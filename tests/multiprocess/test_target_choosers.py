@@ -73,6 +73,7 @@ class Failing(Chooser):
     """Can't say what comes next."""
 
     def foreseen(self, manifest) -> Any:
+        self.asked.append("foreseen")
         raise ZeroDivisionError("no foresight")
 
 
@@ -84,6 +85,7 @@ class Misfit(Chooser):
         self.other = TensorTarget({"c": torch.zeros(3)})
 
     def foreseen(self, manifest) -> Any:
+        self.asked.append("foreseen")
         return self.other
 
 
@@ -91,12 +93,16 @@ class Misfit(Chooser):
 def test_foresight_that_fails_costs_nothing(kind):
     live = weights(0.0)
     with sessions(1) as (session, (end,)):
-        receiver = WeightReceiver(kind(live), end)
+        chooser = kind(live)
+        receiver = WeightReceiver(chooser, end)
         sender = FullWeightSender(weights(1.0), session)
-        for version in range(3):
+        for version in range(4):
             done = Round(sender.sync, [receiver])
             assert (done.sent.version, done.received[0].version) == (version, version)
+        assert chooser.asked.count("foreseen") == 4
         assert float(live["a"][0]) == 1.0
+        # Nor is what was planned for the one that was chosen.
+        assert chooser.target.placed == 1
 
 
 class Refusing(Chooser):

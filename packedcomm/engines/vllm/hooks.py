@@ -21,7 +21,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         around: called with the method, bound, the object, and the method's own arguments.
     """
     original = getattr(owner, name)
-    if getattr(vars(owner).get(name), _WRAPPED, False):
+    if getattr(original, _WRAPPED, False):
         return
 
     @functools.wraps(original)

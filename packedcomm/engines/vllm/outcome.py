@@ -7,6 +7,7 @@ agree on how a call has ended, and only the last one raises.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from packedcomm.engines.vllm.markers import marked, unmarked
 from packedcomm.errors import PackedCommError, RemoteError
 
 __all__ = ["agree_on"]
+
+logger = logging.getLogger("packedcomm")
 
 # Bytes of an error's text that are shared.
 _MOST = 4096
@@ -43,7 +46,11 @@ def agree_on(call: Callable[[], None], group: Any) -> None:
         return
     texts = _shared("" if own is None else marked(own), group)
     failed = [(rank, text) for rank, text in enumerate(texts) if text]
-    if not failed or group.rank_in_group != group.world_size - 1:
+    if not failed:
+        return
+    if group.rank_in_group != group.world_size - 1:
+        if own is not None:
+            logger.warning("the last worker raises this one's error: %s", own, exc_info=own)
         return
     rank, text = failed[0]
     found = unmarked(text) or RemoteError(text)

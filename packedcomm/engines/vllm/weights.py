@@ -83,18 +83,21 @@ class ModelWeights:
             return _Recorded(self, manifest)
         if not recording.proved:
             return _Proved(self, manifest, recording)
-        replay = self.foreseen(manifest)
-        if replay is None:
+        if not self._replayable(manifest, recording):
             return _Loaded(self, manifest)
         self.way = "replayed"
-        return replay
+        return self._replay(manifest, recording)
 
     def foreseen(self, manifest: Manifest) -> RecordedTarget | None:
-        """The target of the next update of a manifest that was received, if it will be replayed."""
-        digest = manifest.digest
-        recording = self._recordings.get(digest)
-        if recording is None or not recording.proved or not self._replayable(manifest, recording):
+        """The target of the next update of a manifest that was received, if it will be replayed,
+        and all of it straight into the parameters: memory aside isn't taken before it is needed."""
+        recording = self._recordings.get(manifest.digest)
+        if recording is None or not recording.proved or recording.reasons:
             return None
+        return self._replay(manifest, recording)
+
+    def _replay(self, manifest: Manifest, recording: Recording) -> RecordedTarget:
+        digest = manifest.digest
         if digest not in self._targets:
             live = live_tensors(self._model)
             self._targets[digest] = RecordedTarget(

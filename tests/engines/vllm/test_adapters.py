@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
+from packaging.version import Version
+
 from packedcomm import LoraSender, WeightReceiver
 from packedcomm.engines.vllm.adapters import adapter_target, install_adapter_hook
 from packedcomm.errors import ArgumentError, ManifestError, SessionStateError
@@ -166,8 +168,10 @@ def test_adapters_survive_the_end_of_a_weight_update(engine, base, link):
 def finished(engine):
     engine.llm.start_weight_update()
     engine.llm.finish_weight_update()
-    # vLLM 0.26 leaves them where they are.
-    assert engine.slots() in ([None], [41])
+    import vllm
+
+    drops = Version(vllm.__version__) >= Version("0.28")
+    assert engine.slots() == [None if drops else 41]
 
 
 def test_an_adapter_from_disk_is_updated_until_it_is_removed(engine, base, link, tmp_path):
