@@ -17,6 +17,12 @@ from tests.helpers.loaders import Engine, Layer, assert_refused, assert_replayed
 
 HELD = {}
 
+# As compiled extensions register functions, which the dispatcher then doesn't show.
+LIBRARY = torch.library.Library("packedcomm_tests", "DEF")
+LIBRARY.define("take(Tensor weight) -> int")
+LIBRARY.impl("take", lambda weight: 1, "CompositeImplicitAutograd")
+EXTENSION = torch.ops.packedcomm_tests
+
 
 def computed(how):
     def fill(fresh, given):
@@ -50,6 +56,8 @@ REFUSED = {
         lambda p, w: ctypes.memmove(p.data_ptr(), w.data_ptr(), w.nbytes),
         "data_ptr",
     ),
+    "an extension": (lambda p, w: (p.copy_(w), HELD.update(x=EXTENSION.take(w))), "take"),
+    "an extension's overload": (lambda p, w: (p.copy_(w), EXTENSION.take.default(w)), "take"),
     "written behind": (lambda p, w: p.numpy().__setitem__(0, 3.0), "unknown contents"),
     "repeated": (lambda p, w: p.copy_(w[:1]), "no box"),
     "partly": (lambda p, w: p[:2].copy_(w[:2]), "unknown contents"),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from packedcomm.engines.vllm.hidden_reads import HiddenReads
 from packedcomm.engines.vllm.memories import (
     Memory,
     Places,
@@ -41,11 +41,6 @@ _WHAT = {
     **dict.fromkeys(("cat", "stack"), "pieces"),
     "copy_": "copy_",
 }
-# Ways to values that don't pass the dispatcher.
-_HIDDEN = frozenset(
-    getattr(torch.Tensor, name)
-    for name in ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")
-)
 
 
 class Recorder(TorchDispatchMode):
@@ -72,7 +67,7 @@ class Recorder(TorchDispatchMode):
         self._kept: list[tuple[StorageWeakRef, str, str]] = []
         self._early: list[tuple[Memory, str, str]] = []
         self._kinds: dict[Any, str] = {}
-        self._hidden = _HiddenReads(self)
+        self._hidden = HiddenReads(self.look)
         self._busy = False
         names: dict[int, list[str]] = {}
         for name, tensor in live.items():
@@ -320,19 +315,6 @@ class Recorder(TorchDispatchMode):
         memory = self._written(tensor, constant=False)
         memory.writes.append(Write(everywhere(tensor), None, reason, sources))
         return memory
-
-
-class _HiddenReads(TorchFunctionMode):
-    """Tells a recorder of what never reaches the dispatcher."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _HIDDEN and args:
-            self._recorder.look(args[0], func.__name__)
-        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _what(func: Any) -> str:

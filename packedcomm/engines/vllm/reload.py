@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
 
-from packedcomm.errors import ManifestError
+from packedcomm.engines.vllm.trial import Trial
+from packedcomm.errors import ManifestError, listed
 
 __all__ = ["Reload", "Watch"]
 
@@ -93,7 +93,7 @@ class Reload:
         with self._watched(watch), self._configured():
             for root in self._roots:
                 finalize_layerwise_reload(root, self._model_config)
-        self._kernels.clear()
+        self._give_kernels_back()
         self.begun = False
 
     def take_back(self) -> None:
@@ -114,6 +114,10 @@ class Reload:
             if hasattr(root, "_original_do_torchao_reload"):
                 root._do_torchao_reload = root._original_do_torchao_reload
         layerwise.LOADING_LAYERS.clear()
+        self._give_kernels_back()
+
+    def _give_kernels_back(self) -> None:
+        """To the layers that weren't loaded."""
         for method, kernel in self._kernels:
             if method.moe_kernel is None:
                 method.moe_kernel = kernel
@@ -124,39 +128,59 @@ class Reload:
 
         Args:
             items: names and tensors without memory.
-            partial: whether parameters may be left out.
+            partial: whether layers may be left out.
 
         Raises:
-            ManifestError: the loader doesn't know a name or a shape, or a parameter gets nothing.
+            ManifestError: the loader doesn't know a name or a shape, a parameter or a part of it
+                gets nothing, or numbers that aren't of its kind.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
-        wanted = {name for name, p in self._model.named_parameters() if p.numel()}
-        reached: set[str] = set()
+        names = [name for name, _ in self._model.named_parameters()]
+        watched: list[tuple[Any, Any]] = []
         self.begin()
         try:
+            trial = Trial(self._parameters(names), _whole_numel)
             for root in self._roots:
                 for module in root.modules():
                     prefix = self._names[id(module)]
                     for name, tensor in layerwise.get_layer_tensors(module).items():
                         loader = layerwise._get_original_loader(tensor)
                         whole = f"{prefix}.{name}" if prefix else name
-                        tensor.weight_loader = _noting(loader, whole, reached)
+                        # vLLM hands these tensors out again at the next reload.
+                        watched.append((tensor, loader))
+                        tensor.weight_loader = trial.noting(loader, whole)
             try:
-                self.load(items)
-            except NotImplementedError:
-                return  # a loader that looks at values can't be tried
+                self.load(trial.following(items))
             except Exception as error:
+                if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
+                    return  # a loader that looks at values can't be tried
+                said = str(error) or type(error).__name__
                 raise ManifestError(
-                    f"the engine's loader refuses this manifest: {error}"
+                    f"the engine's loader refuses this manifest: {trial.given}: {said}"
                 ) from error
         finally:
+            for tensor, loader in watched:
+                tensor.weight_loader = loader
             self.take_back()
-        missing = sorted(wanted - reached)
-        if missing and not partial:
+        if trial.misfits:
+            raise ManifestError(f"other numbers than the engine's: {listed(trial.misfits)}")
+        missing = trial.missing(partial=partial)
+        if missing:
+            which = "the layers that are sent" if partial else "the engine"
             raise ManifestError(
-                f"{len(missing)} of the engine's parameters are not sent: {', '.join(missing[:10])}"
+                f"{len(missing)} parameters of {which} are not sent: {listed(missing)}"
             )
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Those that a checkpoint fills, as they are while the reload has begun."""
+        found = {}
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            tensor = self._model.get_submodule(module)._parameters.get(leaf)
+            if tensor is not None:
+                found[name] = tensor
+        return found
 
     def _name(self, name: str) -> str:
         return self._rename(name) if self._rename is not None else name
@@ -195,13 +219,9 @@ class Reload:
             layerwise._layerwise_process = original
 
 
-def _noting(loader: Any, name: str, reached: set[str]) -> Any:
-    @wraps(loader)
-    def noting(*arguments: Any, **options: Any) -> Any:
-        reached.add(name)
-        return loader(*arguments, **options)
-
-    return noting
+def _whole_numel(tensor: torch.Tensor) -> int:
+    """How many elements a checkpoint has of a parameter; vLLM says where some are padding."""
+    return getattr(tensor, "weight_loader_numel", tensor.numel())
 
 
 def _tops(layers: Sequence[str]) -> list[str]:
