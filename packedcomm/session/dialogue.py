@@ -56,6 +56,8 @@ class Dialogue(SessionEnd):
         # failure from before a `Cancel` are of no interest any more.
         self._number = 0
         self._cancelled = 0
+        # What a sync that waits for receivers to come is to raise.
+        self._given_up: PackedCommError | None = None
         self._saying = threading.RLock()
 
     @property
@@ -198,9 +200,12 @@ class Dialogue(SessionEnd):
         self._cancel(error, untouched=self.state in AT_REST or self.state is SyncState.AGREED)
 
     def _cancel(self, error: BaseException, *, untouched: bool) -> None:
+        self._given_up = None
         if self._ended is None:
+            # Those without a place yet may have been told by other means to wait for this sync.
             with contextlib.suppress(PackedCommError):
-                self._cancelled = self._say(Cancel(*described(error), untouched))
+                message = Cancel(*described(error), untouched)
+                self._cancelled = self._say(message, members=self.members.present)
 
     def interrupt(self, error: PackedCommError) -> None:
         """End the sync that is under way as if every receiver that hasn't reported a failure had
@@ -211,6 +216,7 @@ class Dialogue(SessionEnd):
         Args:
             error: what the sync is to raise.
         """
+        self._given_up = error
         for member in self.members.connected:
             if member.failure_since(self._cancelled) is None:
                 member.hear(self._number, Failure(*described(error)))
@@ -244,10 +250,15 @@ class Dialogue(SessionEnd):
         return members if ranks is None else [m for m in members if m.rank in ranks]
 
     def _say(
-        self, message: Message | Sequence[Message], ranks: Container[int] | None = None
+        self,
+        message: Message | Sequence[Message],
+        ranks: Container[int] | None = None,
+        *,
+        members: list[Member] | None = None,
     ) -> int:
-        """Send to members with a place; returns the number that answers will have."""
-        members = self._members(ranks)
+        """Send to members with a place, or to given ones; returns the number that answers will
+        have."""
+        members = self._members(ranks) if members is None else members
         messages = [message] * len(members) if isinstance(message, Message) else list(message)
         if len(messages) != len(members):
             raise ArgumentError(f"{len(messages)} messages for {len(members)} receivers")

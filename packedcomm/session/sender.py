@@ -192,6 +192,8 @@ class SenderSession(Dialogue):
             self._check_open("wait")
             if self._misfit is not None and not self._begun:
                 raise self._misfit
+            if self._given_up is not None:
+                raise self._given_up
             now = time.monotonic()
             if now >= deadline:
                 raise RendezvousTimeout(
@@ -202,6 +204,13 @@ class SenderSession(Dialogue):
             # Before the first sync nobody is missed: it may come again, or another in its place.
             if not self._begun:
                 self.members.take_out_gone()
+
+    def replace_lost(self) -> None:
+        """Go on without the receivers that are known to have gone, and don't tell of them: others
+        have come in their place."""
+        for member in self.members:
+            if member.lost is not None:
+                member.reported = True
 
     def _assemble(self) -> float:
         """Connect a communicator of all that are there, and give up the one before."""

@@ -160,6 +160,39 @@ def test_an_engine_that_is_connected_again_is_updated_again(server, session):
     assert_holds(server, 5.0)
 
 
+def test_an_engine_that_was_started_again_is_updated_at_once(server, session):
+    updater = connected(server, session)
+    # As when its process is killed, and another one takes its place.
+    with server.receivers.pop().session as session_of_worker:
+        session_of_worker.abort("killed")
+    updater.connect()
+    begin = time.monotonic()
+    updater.update(FullWeightSender(weights(5.0), session))
+    assert time.monotonic() - begin < 5
+    assert_holds(server, 5.0)
+
+
+def test_an_engine_that_another_trainer_has_taken_says_so(server, session):
+    first = connected(server, session)
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as taking:
+        second = updater_of(server, taking)
+        # While the first one's update begins, and before.
+        server.refuse["start_weight_update"] = lambda body: second.connect()
+        for text in ("another trainer", "no receiver is connected"):
+            begin = time.monotonic()
+            with pytest.raises(SessionStateError, match=text):
+                first.update(FullWeightSender(weights(2.0), session))
+            assert time.monotonic() - begin < 5
+            server.refuse.clear()
+        assert server.came[-1] == "resume"
+        second.update(FullWeightSender(weights(3.0), taking))
+        assert_holds(server, 3.0)
+        # And back.
+        assert first.connect() == 1
+        first.update(FullWeightSender(weights(4.0), session))
+        assert_holds(server, 4.0)
+
+
 def test_fewer_workers_than_promised(server):
     server.world_size = 2
     with Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=IMPATIENT) as session:

@@ -114,8 +114,14 @@ def test_what_the_supervisor_says_of_a_sync_comes_before_the_next_one(monkeypatc
 
         monkeypatch.setattr(session, "_cancel", late)
         source = Interrupted(sent)
-        # The receiver has failed by the time that the last tensor is there.
-        source.when(3, lambda: time.sleep(0.3))
+
+        def wait():
+            deadline = time.monotonic() + 10
+            while session.phases.interruption is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        # The third tensor comes when the supervisor has marked the sync as failed.
+        source.when(2, wait)
         failed = Round(FullWeightSender(source, session).sync, [WeightReceiver(fails, end)])
         assert "not this one" in str(failed.sent)
         begin = time.monotonic()
@@ -125,6 +131,41 @@ def test_what_the_supervisor_says_of_a_sync_comes_before_the_next_one(monkeypatc
         assert time.monotonic() - begin < 5
         assert said == [False]
         assert float(live["a"][0]) == 1.0
+
+
+@pytest.mark.fault(21)
+def test_who_has_just_come_and_was_told_of_a_sync_hears_that_it_fails():
+    live = weights(0.0)
+    with sessions(1) as (session, (end,)):
+        sender = FullWeightSender(weights(1.0), session)
+        old = WeightReceiver(TensorTarget(weights(0.0)), end)
+        assert Round(sender.sync, [old]).sent.version == 0
+        end.abort("killed")
+        with join(session) as other:
+            new = WeightReceiver(TensorTarget(live), other)
+            begin = time.monotonic()
+
+            def sync():
+                try:
+                    # Tells of the one that has gone, before it asks anybody anything.
+                    sender.sync()
+                except PeerLost as error:
+                    session.cancel(error)
+                    raise
+
+            told = Round(sync, [Told(new, session.said)])
+            assert isinstance(told.sent, PeerLost)
+            assert isinstance(told.received[0], PeerLost)
+            assert time.monotonic() - begin < 5
+            assert Round(sender.sync, [Told(new, session.said)]).sent.version == 1
+            assert float(live["a"][0]) == 1.0
+
+
+class Told:
+    """A receiver that is told by other means that a sync begins."""
+
+    def __init__(self, receiver, since):
+        self.receive = lambda: receiver.receive(30, since=since)
 
 
 @pytest.mark.fault(9)

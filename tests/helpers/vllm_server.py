@@ -14,7 +14,7 @@ import torch
 
 from packedcomm import Session, StagedTarget, TensorTarget, WeightReceiver
 from packedcomm.engines.vllm.markers import marked
-from packedcomm.errors import PackedCommError
+from packedcomm.errors import PackedCommError, SessionStateError
 from tests.helpers.sessions import QUICK
 
 
@@ -104,8 +104,11 @@ class VllmServer:
     def _update_weights(self, body: Any) -> None:
         if not self.active:
             raise RuntimeError("start_weight_update must be called before update_weights.")
-        timeout_s, since = body["update_info"]["timeout_s"], body["update_info"]["since"]
+        info = body["update_info"]
+        timeout_s, since = info["timeout_s"], info["since"]
         try:
+            if self.receivers and self.receivers[0].session.epoch != info["epoch"]:
+                _as_worker(self._refuse_stranger)
             with ThreadPoolExecutor(len(self.receivers)) as pool:
                 each = pool.map(
                     lambda receiver: _as_worker(lambda: receiver.receive(timeout_s, since=since)),
@@ -116,6 +119,9 @@ class VllmServer:
         except Exception:
             self.active = False
             raise
+
+    def _refuse_stranger(self) -> None:
+        raise SessionStateError("another trainer has connected this engine")
 
     def _finish_weight_update(self, body: Any) -> None:
         if not self.active:

@@ -143,6 +143,7 @@ class EngineUpdater:
             time.sleep(_LOOK_S)
         if (failure := calls.failure) is not None:
             raise failure
+        session.replace_lost()
         return len(session.members.present)
 
     def update(
@@ -163,7 +164,8 @@ class EngineUpdater:
             version: as for `sync`; engines are told it as text, where vLLM takes that.
             adapter: the LoRA adapter that the sender's tensors are, as vLLM's requests name it;
                 empty for the model's own weights.
-            partial: whether parameters of the model may be left out.
+            partial: whether layers of the model may be left out. Those that are sent must be whole,
+                as the engine has them: queries with keys and values, all experts of a layer.
 
         Raises:
             As `sync`, and:
@@ -184,6 +186,7 @@ class EngineUpdater:
             self._timeout_s,
             partial,
             self.session.said,
+            self.session.epoch,
         )
         update = UpdateSteps(self.engines, self._timeout_s, seconds)
         with measured(seconds, "total"):

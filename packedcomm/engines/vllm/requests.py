@@ -62,8 +62,11 @@ class UpdateRequest:
         adapter: name of the adapter, as vLLM's requests name it; only with `"adapter"`.
         timeout_s: how long a worker waits for the sync to begin, in seconds. Once it has begun the
             session's own deadlines count.
-        partial: whether parameters of the model may be left out.
-        since: the session's `said` before this update; what it had said by then is of earlier ones.
+        partial: whether layers of the model may be left out.
+        since: the session's `said` before this update; what it had said by then is of earlier ones,
+            and what it gives up later is this one. For `WeightReceiver.receive`, which otherwise
+            waits for the sync after a failed one.
+        epoch: the session's; a worker that has joined another one since refuses. Empty is any.
 
     Raises:
         ArgumentError: a value is malformed, or they don't go together.
@@ -74,6 +77,7 @@ class UpdateRequest:
     timeout_s: float = 120.0
     partial: bool = False
     since: int = 0
+    epoch: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -85,6 +89,8 @@ class UpdateRequest:
             raise ArgumentError(f"partial must be true or false, got {self.partial!r:.80}")
         if type(self.since) is not int or self.since < 0:
             raise ArgumentError(f"since must be an integer >= 0, got {self.since!r:.80}")
+        if type(self.epoch) is not str:
+            raise ArgumentError(f"epoch must be text, got {self.epoch!r:.80}")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""

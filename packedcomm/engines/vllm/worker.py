@@ -119,6 +119,11 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _update(self, request: UpdateRequest) -> None:
         if self._session is None:
             raise SessionStateError("update: not connected to a trainer: initialize it first")
+        if request.epoch not in ("", self._session.epoch):
+            raise SessionStateError(
+                "update: another trainer has connected this engine to its session since: connect "
+                "it again"
+            )
         _check_awake()
         weights = self._model_weights()
         weights.partial = request.partial
