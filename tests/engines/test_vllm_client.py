@@ -111,11 +111,18 @@ def test_kept_requests_have_the_prefix_cache_reset_apart(server, session):
 
 
 def test_without_flush_and_pause_the_caller_decides(server, session):
-    updater = connected(server, session, pause_mode=None, flush=False)
+    connected(server, session)
+    updater = updater_of(server, session, pause_mode=None, flush=False)
+    sender = FullWeightSender(weights(3.0), session)
+    with pytest.raises(SessionStateError, match="isn't paused"):
+        updater.update(sender)
+    assert server.came == ["is_paused"]
+    HttpEngine(server.url).pause("keep", clear_cache=False)
+    server.came.clear()
 
-    updater.update(FullWeightSender(weights(3.0), session), adapter="tuned")
+    updater.update(sender, adapter="tuned")
 
-    assert server.came == CYCLE[1:-1]
+    assert server.came == ["is_paused", *CYCLE[1:-1]]
     info = server.bodies["update_weights"]["update_info"]
     assert (info["kind"], info["adapter"], info["timeout_s"]) == ("adapter", "tuned", 10)
 

@@ -36,6 +36,7 @@ class VllmServer:
         self.bodies: dict[str, Any] = {}
         self.queries: dict[str, dict[str, str]] = {}
         self.headers: dict[str, str] = {}
+        self.paused = False
         self.active = False
         self.version: str | None = None
         self.receivers: list[WeightReceiver] = []
@@ -81,9 +82,14 @@ class VllmServer:
     def _version(self, body: Any) -> Any:
         return {"version": "0.32.0"}
 
-    def _pause(self, body: Any) -> None: ...
+    def _pause(self, body: Any) -> None:
+        self.paused = True
 
-    def _resume(self, body: Any) -> None: ...
+    def _resume(self, body: Any) -> None:
+        self.paused = False
+
+    def _is_paused(self, body: Any) -> Any:
+        return {"is_paused": self.paused}
 
     def _reset_prefix_cache(self, body: Any) -> Any:
         return {"success": True}

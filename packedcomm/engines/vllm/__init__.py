@@ -12,7 +12,7 @@ from typing import Any
 from packedcomm.engines.vllm.requests import BACKEND
 from packedcomm.errors import VersionMismatch
 
-__all__ = ["OLDEST", "TESTED", "register"]
+__all__ = ["OLDEST", "READ", "TESTED", "register", "release_of"]
 
 logger = logging.getLogger("packedcomm")
 
@@ -22,13 +22,16 @@ OLDEST = (0, 25)
 TESTED = ("0.26.0", "0.32.0")
 """The versions that its tests run on."""
 
+READ = (0, 33)
+"""The newest version whose sources were read for it."""
+
 
 def register() -> None:
     """Make the backend known to vLLM in this process. Idempotent; never raises for a version of
     vLLM that isn't supported: choosing the backend there does."""
     import vllm
 
-    version = _version(vllm.__version__)
+    version = release_of(vllm.__version__)
     if version is not None and version < OLDEST:
         _register_refusal(
             f"packedcomm needs vLLM {OLDEST[0]}.{OLDEST[1]} or newer (tested: {', '.join(TESTED)}),"
@@ -61,11 +64,12 @@ def _register_refusal(reason: str) -> None:
     WeightTransferEngineFactory._registry.setdefault(BACKEND, refuse)
 
 
-def _version(text: str) -> tuple[int, int] | None:
-    """Major and minor of a release; None for a development build without one."""
+def release_of(text: str) -> tuple[int, int] | None:
+    """Major and minor of a release; None for a development build without one, which calls itself
+    0.0 or 0.1."""
     parts = text.split(".")
     try:
         found = int(parts[0]), int(parts[1])
     except (ValueError, IndexError):
         return None
-    return None if found == (0, 0) else found
+    return None if found <= (0, 1) else found

@@ -71,7 +71,8 @@ class EngineUpdater:
         address: "host:port" by which workers reach the session; None is the session's own, which
             must then be one that others can reach.
         pause_mode: what happens to requests under way while the engines pause; None if the caller
-            pauses and resumes them. An engine that can't pause must not generate meanwhile.
+            pauses and resumes them, which is asked of those that can tell. An engine that can't
+            pause must not generate meanwhile. One that was paused by hand is resumed, too.
         flush: whether what the engines have cached of prompts is forgotten, as it should be unless
             the weights are known to be the same.
         timeout_s: how long engines may take for a call, and workers wait for the sync to begin, in
@@ -122,6 +123,8 @@ class EngineUpdater:
         session = self._leading("connect")
         allowed = session.settings.connect_timeout_s
         request = InitRequest(self._reachable(session), allowed).as_dict()
+        if receivers is not None and (type(receivers) is not int or receivers < 1):
+            raise ArgumentError(f"receivers must be an integer >= 1, got {receivers!r:.80}")
         wanted = self._wanted(session) if receivers is None else receivers
         deadline = time.monotonic() + allowed
         calls = Calls(
@@ -258,7 +261,7 @@ def _as_engine(engine: Any) -> Any:
     if not isinstance(engine, EngineHandle):
         raise ArgumentError(
             f"an engine needs vLLM's four methods of weight transfer, {type(engine).__name__} "
-            "has not all of them"
+            "has not all of them; for a server give HttpEngine(url)"
         )
     return engine
 

@@ -34,10 +34,13 @@ class EngineHandle(Protocol):
     - `pause(mode, clear_cache=...)` and `resume()`: stop scheduling, and go on;
     - `reset_prefix_cache()`: forget what was computed with the old weights, also of requests that
       are kept;
+    - `is_paused() -> bool | None`: asked where the caller pauses it;
     - `get_world_size() -> int | None`: how many workers will connect, over all data-parallel ranks;
     - `get_version() -> str | None`: vLLM's.
 
-    `finish_weight_update` is given `weight_version` where it takes that.
+    `finish_weight_update` is given `weight_version` where it takes that. The dictionaries are
+    `InitRequest.as_dict()` and `UpdateRequest.as_dict()`. An engine whose workers are receivers of
+    one's own, and not this backend's, gives `timeout_s` and `since` to `WeightReceiver.receive`.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> Any:
@@ -207,6 +210,11 @@ class RayEngine:
     def resume(self) -> None:
         """See `EngineHandle`."""
         self._call_where_there("resume_generation")
+
+    def is_paused(self) -> bool | None:
+        """See `EngineHandle`; None if no actor can tell."""
+        telling = [handle for handle in self._handles if hasattr(handle, "is_paused")]
+        return all(self._call("is_paused", handles=telling)) if telling else None
 
     def reset_prefix_cache(self) -> None:
         """See `EngineHandle`."""

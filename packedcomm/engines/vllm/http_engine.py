@@ -89,6 +89,11 @@ class HttpEngine:
         """See `EngineHandle`."""
         self._call("POST", "/resume")
 
+    def is_paused(self) -> bool | None:
+        """See `EngineHandle`."""
+        paused = self._call("GET", "/is_paused").get("is_paused")
+        return paused if isinstance(paused, bool) else None
+
     def reset_prefix_cache(self) -> None:
         """See `EngineHandle`.
 
@@ -162,7 +167,9 @@ def _refused(where: str, status: int, body: str) -> Exception:
     if known is not None:
         known.add_note(f"{where}: HTTP {status}")
         return known
-    hint = " (the server needs VLLM_SERVER_DEV_MODE=1)" if status in (404, 405) else ""
+    hint = ""
+    if status in (404, 405):
+        hint = " (the server needs VLLM_SERVER_DEV_MODE=1, and the URL must be its root)"
     return RemoteError(f"{where}: HTTP {status}{hint}: {text[:_SHOWN] or 'no text'}")
 
 

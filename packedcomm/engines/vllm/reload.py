@@ -93,6 +93,7 @@ class Reload:
         with self._watched(watch), self._configured():
             for root in self._roots:
                 finalize_layerwise_reload(root, self._model_config)
+            self._pack_tied_again()
         self._give_kernels_back()
         self.begun = False
 
@@ -115,6 +116,18 @@ class Reload:
                 root._do_torchao_reload = root._original_do_torchao_reload
         layerwise.LOADING_LAYERS.clear()
         self._give_kernels_back()
+
+    def _pack_tied_again(self) -> None:
+        """On CPUs: what vLLM has packed of a layer it renews where that layer is loaded, and not
+        where it only has another one's parameter."""
+        owners: dict[int, str] = {}
+        for name, module in self._model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.numel():
+                continue
+            first = owners.setdefault(id(weight), name)
+            if first != name and "cpu_linear" in vars(module):
+                module.quant_method.process_weights_after_loading(module)
 
     def _give_kernels_back(self) -> None:
         """To the layers that weren't loaded."""

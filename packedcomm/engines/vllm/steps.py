@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from packedcomm.completion import measured
 from packedcomm.engines.vllm.calls import Calls, call_all, decisive
 from packedcomm.engines.vllm.handles import PauseMode, finish_update
-from packedcomm.errors import PackedCommError
+from packedcomm.errors import PackedCommError, SessionStateError
 
 __all__ = ["Ending", "UpdateSteps"]
 
@@ -48,7 +48,19 @@ class UpdateSteps:
 
     def pause(self, mode: PauseMode | None, flush: bool) -> None:
         """Pause, and forget what was cached: then also what a failed update leaves is used with
-        nothing older."""
+        nothing older.
+
+        Raises:
+            SessionStateError: the caller was to pause an engine (`mode` is None), which isn't.
+        """
+        if mode is None:
+            asking = [engine for engine in self._engines if hasattr(engine, "is_paused")]
+            paused = call_all("is_paused", asking, lambda e: e.is_paused(), self._timeout_s)
+            if False in paused:
+                engine = asking[paused.index(False)]
+                raise SessionStateError(
+                    f"{engine!r} isn't paused: pause it before, or give a pause_mode"
+                )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
         with measured(self._seconds, "pause"):
             self._all("pause", pausing, lambda e: e.pause(mode, clear_cache=flush))

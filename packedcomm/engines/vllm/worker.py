@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import vllm
 from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -17,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from packedcomm.endpoints import Target
+from packedcomm.engines.vllm import READ, TESTED, release_of
 from packedcomm.engines.vllm.adapters import adapter_target
 from packedcomm.engines.vllm.outcome import agree_on
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
@@ -70,6 +72,13 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     ) -> None:
         """Called by vLLM when the model is loaded."""
         super().__init__(config, vllm_config, device, model)
+        release = release_of(vllm.__version__)
+        if release is not None and release > READ:
+            logger.warning(
+                "vLLM %s is newer than packedcomm knows; tested: %s",
+                vllm.__version__,
+                ", ".join(TESTED),
+            )
         self._settings = Settings.from_environment()
         self._session: ReceiverSession | None = None
         self._receivers: dict[Any, WeightReceiver] = {}
@@ -215,11 +224,15 @@ def _workers() -> Any:
         return None
 
 
-def _request(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+def _request(kind: type[InitRequest | UpdateRequest], given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ArgumentError(f"unknown keys: {', '.join(unknown)}; there are {', '.join(known)}")
     try:
-        return kind(**fields)
+        return kind(**given)
     except TypeError as error:
-        raise ArgumentError(f"{kind.__name__}: {error}") from None
+        raise ArgumentError(str(error).partition("() ")[2] or str(error)) from None
 
 
 def _check_awake() -> None:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from packedcomm import FullWeightSender
 from packedcomm.errors import ManifestError
@@ -26,7 +26,13 @@ def qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**COMMON)).to(TRAINER)
 
 
-MODELS = {"qwen3_moe": qwen3_moe, "llama": llama, "qwen2": qwen2}
+def tied():
+    """The output layer has the embeddings."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**COMMON | {"tie_word_embeddings": True})).to(TRAINER)
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "llama": llama, "qwen2": qwen2, "tied": tied}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +207,21 @@ def test_the_tensor_that_doesnt_fit_is_named(case, spoil, text):
     assert text in str(caught.value)
     assert "model.norm.weight" in str(caught.value)
     case.holds()
+
+
+@pytest.mark.parametrize("case", ["tied"], indirect=True)
+def test_tied_embeddings_are_the_output_layers_too(case):
+    for turn in range(4):
+        case.tensors["model.embed_tokens.weight"].mul_(1 + turn / 8)
+        case.update(case.tensors)
+        case.holds(
+            dict.fromkeys(
+                ("model.embed_tokens.weight", "lm_head.weight"),
+                case.tensors["model.embed_tokens.weight"],
+            )
+        )
+    with pytest.raises(ManifestError, match=r"not sent: model\.embed_tokens\.weight"):
+        case.update(without(case.tensors, "embed_tokens"))
 
 
 @pytest.mark.parametrize("case", ["llama"], indirect=True)

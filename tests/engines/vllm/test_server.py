@@ -134,6 +134,20 @@ def test_another_secret_is_refused_at_the_trainer(server, engine, models):
         agree(server.generate(), models[0][1])
 
 
+def test_a_caller_that_pauses_by_itself_must_have_done_so(server, engine, trainer, models):
+    session, _ = trainer
+    model, expected = models[0]
+    updater = EngineUpdater(engine, session, pause_mode=None, timeout_s=20)
+    sender = FullWeightSender(model, session)
+    with pytest.raises(SessionStateError, match="isn't paused"):
+        updater.update(sender)
+    engine.pause("wait", clear_cache=True)
+    updater.update(sender)
+    assert engine.is_paused()
+    engine.resume()
+    agree(server.generate(), expected)
+
+
 def test_errors_keep_their_classes_on_the_way(trainer, synced, models, engine):
     session, updater = trainer
     tensors = tensors_of(models[1][0])
