@@ -54,9 +54,8 @@ _PROFILED = 25
 _TIMED = 9
 _ELEMENTS = 64
 
-# The calls are the measure; one more look at the other side, as on a busy machine, is some fifteen
-# of them in all. The time is a coarse limit, which such a machine mustn't reach.
-_MOST_CALLS_PER_TENSOR = 0.1
+# The calls are the measure. The time is a coarse limit, which a busy machine mustn't reach.
+_MOST_CALLS_PER_TENSOR = 0.02
 _MOST_HOST_US_PER_TENSOR = 5.0
 
 

@@ -232,13 +232,8 @@ class SessionEnd(abc.ABC):
             self._say_to_all(Beat(str(self.state), waited_for[:200]))
 
     def drop_communicator(self, reason: str, *, in_order: bool = False) -> None:
-        """Give the communicator up, with its buffers; the next sync connects another.
-
-        Returns once nothing of it touches any tensor any more.
-
-        Args:
-            reason: why.
-            in_order: whether it is idle, so that nothing has to be aborted.
+        """Give the communicator up, with its buffers; the next sync connects another. Where it is
+        idle, `in_order`, nothing is aborted. Then nothing of it touches any tensor any more.
 
         Raises:
             ContextLost: it can't be given up: this process must restart.

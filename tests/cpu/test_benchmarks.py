@@ -281,7 +281,8 @@ def test_what_grows_with_the_tensors_is_a_problem(large: Profile, problem: str) 
 
 @pytest.fixture(scope="module")
 def profiled() -> subprocess.CompletedProcess[str]:
-    return run_module("benchmarks.profile_sync", "--tensors", "60", "600")
+    # So many that one more look at the other side, some fifteen calls, is nothing per tensor.
+    return run_module("benchmarks.profile_sync", "--tensors", "60", "3000")
 
 
 @pytest.mark.parametrize("side", ["sender", "receiver"])
