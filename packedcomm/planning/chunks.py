@@ -33,7 +33,6 @@ __all__ = [
 NATIVE_ALIGNMENT = 16
 """Bytes. Every tensor of a packed chunk starts at a multiple of it."""
 
-
 NATIVE_DIRECT_BYTES = 1 << 20
 """A tensor of at least this size travels from memory to memory, unpacked."""
 
