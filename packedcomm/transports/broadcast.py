@@ -137,8 +137,9 @@ def broadcast_consumer(
         CapacityError: no memory for the buffers.
         DeadlineExceeded, PeerLost, NcclError, SessionStateError: from the group.
 
-    What the callback raises is raised. A failure after the transfer began aborts a `Communicator`.
-    The content of a target's tensors is then undefined: old, new, or part of each. On a GPU that is
+    What the callback raises is raised. A failure aborts a `Communicator`, also when it is known
+    before any data, as the sender may have begun; only malformed arguments leave it as it is. The
+    content of a target's tensors is then undefined: old, new, or part of each. On a GPU that is
     also so when the communicator is aborted after the return, before the work was done.
 
     A tensor that a callback gets is a view of memory that torch's allocator doesn't know as the

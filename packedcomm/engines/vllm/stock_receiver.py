@@ -95,7 +95,8 @@ class StockReceiver:
 
         Raises:
             ArgumentError: the update info is malformed.
-            As `broadcast_consumer`.
+            As `broadcast_consumer`, which also says what a failure leaves: a group that has ended.
+            `connect` again.
         """
         described = _described(update_info) or self._last
         wire = StockWire.parse(self._init_info, update_info)

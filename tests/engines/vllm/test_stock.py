@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 
 from packedcomm import TensorTarget
 from packedcomm.engines.vllm.stock import StockReceiver, StockSender, StockWire
-from packedcomm.errors import ManifestError, VersionMismatch
+from packedcomm.errors import ManifestError, SessionStateError, VersionMismatch
 from tests.helpers.sessions import QUICK
 from tests.helpers.vllm_adapters import ENGINE, GPUS, TRAINER, generated, llama
 from tests.helpers.vllm_engines import SyncedEngine, agree, changed, free_port, tensors_of
@@ -150,17 +150,14 @@ def test_the_stock_trainer_is_received(ends, wire, dtype):
             assert torch.equal(shown[name].cpu(), tensor.cpu()), name
 
 
-def test_a_target_that_doesnt_fit_is_known_before_the_data(ends):
+def test_a_target_that_doesnt_fit_ends_the_group_before_the_data(ends):
     trainer, receiver = ends
     tensors = tensors_of(changed(llama(), 1))
     live = {name: torch.zeros_like(t, device=ENGINE) for name, t in list(tensors.items())[1:]}
-    with pytest.raises(ManifestError):
+    with pytest.raises(ManifestError, match=next(iter(tensors))):
         receiver.receive(described(tensors, SMALL), TensorTarget(live))
-    # Nothing was received, so the next one is.
-    whole = {name: torch.zeros_like(t, device=ENGINE) for name, t in tensors.items()}
-    sent = trainer.send(tensors, SMALL)
-    receiver.receive(described(tensors, SMALL), TensorTarget(whole))
-    sent.result(30)
     torch.cuda.synchronize(ENGINE)
-    for name, tensor in tensors.items():
-        assert torch.equal(whole[name].cpu(), tensor.cpu()), name
+    assert not any(tensor.any() for tensor in live.values())
+    # A trainer that has begun must not be read from the middle.
+    with pytest.raises(SessionStateError, match="ManifestError"):
+        receiver.receive(described(tensors, SMALL), None)
