@@ -10,7 +10,7 @@ import torch
 
 from packedcomm import FullWeightSender, GlooCommunicator, Session
 from packedcomm.engines.vllm import stock
-from packedcomm.engines.vllm.client import EngineUpdater, LocalEngine, RayEngine
+from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine, LocalEngine, RayEngine
 from packedcomm.engines.vllm.markers import marked, unmarked
 from packedcomm.engines.vllm.stock import StockReceiver, StockSender, StockWire
 from packedcomm.errors import ArgumentError, ManifestError, PeerLost, RemoteError, VersionMismatch
@@ -50,6 +50,13 @@ class Llm:
 
     def get_world_size(self):
         return 1
+
+
+class DraftLlm(Llm):
+    """The same with a draft model."""
+
+    def start_draft_weight_update(self):
+        self._server._start_draft_weight_update(None)
 
 
 class OldLlm(Llm):
@@ -94,6 +101,45 @@ def test_engines_without_http(server, engine, version):
         updater.update(FullWeightSender(weights(2.0), session))
     assert all(torch.equal(server.workers[0][n], t) for n, t in weights(2.0).items())
     assert server.version == version
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        lambda server: HttpEngine(server.url, timeout_s=20),
+        lambda server: LocalEngine(DraftLlm(server)),
+        lambda server: RayEngine(Actor(DraftLlm(server)), lambda rs: [r() for r in rs]),
+    ],
+    ids=["http", "local", "ray"],
+)
+def test_draft_models_are_updated_and_the_models_version_stays(server, engine):
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(engine(server), session)
+        updater.connect()
+        updater.update(FullWeightSender(weights(2.0), session))
+        updater.update(FullWeightSender(weights(3.0), session), draft=True)
+        assert server.version is None
+        updater.update(FullWeightSender(weights(4.0), session))
+    for held, value in ((server.workers, 4.0), (server.drafts, 3.0)):
+        assert all(torch.equal(held[0][n], t) for n, t in weights(value).items())
+
+
+def test_draft_models_that_an_engine_cant_update_are_refused_before_it_pauses(server):
+    class Without(HttpEngine):
+        start_draft_weight_update = property()
+
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(Without(server.url), session)
+        updater.connect()
+        server.came.clear()
+        sender = FullWeightSender(weights(2.0), session)
+        with pytest.raises(ArgumentError, match="start_draft_weight_update"):
+            updater.update(sender, draft=True)
+        with pytest.raises(ArgumentError, match="'policy'"):
+            updater.update(sender, draft=True, adapter="policy")
+        assert "pause" not in server.came
+        updater.update(sender)
+    assert all(torch.equal(server.workers[0][n], t) for n, t in weights(2.0).items())
 
 
 def test_markers_survive_what_vllm_does_to_text():

@@ -30,6 +30,8 @@ class VllmServer:
             {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
             for _ in range(workers)
         ]
+        self.drafts = [{name: t.clone() for name, t in held.items()} for held in self.workers]
+        """What the workers' draft models hold."""
         self.world_size = workers
         self.refuse: dict[str, tuple[int, str] | Callable[[Any], Any]] = {}
         self.came: list[str] = []
@@ -40,6 +42,8 @@ class VllmServer:
         self.active = False
         self.version: str | None = None
         self.receivers: list[WeightReceiver] = []
+        self._draft_receivers: list[WeightReceiver] = []
+        self._receiving = self.receivers
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -96,16 +100,22 @@ class VllmServer:
 
     def _init_weight_transfer_engine(self, body: Any) -> None:
         self._leave()
-        for weights in self.workers:
+        for weights, drafts in zip(self.workers, self.drafts, strict=True):
             session = _as_worker(
                 lambda: Session.connect(body["init_info"]["address"], device="cpu", settings=QUICK)
             )
             self.receivers.append(WeightReceiver(StagedTarget(TensorTarget(weights)), session))
+            self._draft_receivers.append(WeightReceiver(TensorTarget(drafts), session))
 
     def _start_weight_update(self, body: Any) -> None:
         if self.active:
             raise RuntimeError("a weight update is already active. Call finish_weight_update first")
         self.active = True
+        self._receiving = self.receivers
+
+    def _start_draft_weight_update(self, body: Any) -> None:
+        self._start_weight_update(body)
+        self._receiving = self._draft_receivers
 
     def _update_weights(self, body: Any) -> None:
         if not self.active:
@@ -118,7 +128,7 @@ class VllmServer:
             with ThreadPoolExecutor(len(self.receivers)) as pool:
                 each = pool.map(
                     lambda receiver: _as_worker(lambda: receiver.receive(timeout_s, since=since)),
-                    self.receivers,
+                    self._receiving,
                 )
                 for _ in each:
                     pass
@@ -139,6 +149,7 @@ class VllmServer:
         for receiver in self.receivers:
             receiver.session.close()
         self.receivers.clear()
+        self._draft_receivers.clear()
 
 
 def _as_worker(call: Callable[[], Any]) -> Any:

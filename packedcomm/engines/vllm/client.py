@@ -156,6 +156,7 @@ class EngineUpdater:
         *,
         adapter: str = "",
         partial: bool = False,
+        draft: bool = False,
     ) -> EngineUpdate:
         """Pause the engines, sync into them, and let them go on; they go on after a failure too.
 
@@ -169,6 +170,9 @@ class EngineUpdater:
                 empty for the model's own weights.
             partial: whether layers of the model may be left out. Those that are sent must be whole,
                 as the engine has them: queries with keys and values, all experts of a layer.
+            draft: whether the weights are those of the engines' draft model for speculative
+                decoding. What it shares with the model needn't be sent. The version that engines
+                are told stays the model's.
 
         Raises:
             As `sync`, and:
@@ -176,11 +180,14 @@ class EngineUpdater:
                 commit, a note says so.
             DeadlineExceeded: an engine didn't answer in time.
             SessionStateError: no receiver is connected.
-            ArgumentError: the sender is another session's.
+            ArgumentError: the sender is another session's, an adapter's weights are to be a draft
+                model's, or an engine knows no draft models (vLLM does from 0.26 on).
         """
         if sender._session is not self.session:
             raise ArgumentError("update: the sender has another session than the updater")
         seconds: dict[str, float] = {}
+        if draft and adapter:
+            raise ArgumentError(f"update: adapter {adapter!r:.80} isn't a draft model's")
         if self.session is None:
             return EngineUpdate(sender.sync(version), seconds)
         request = UpdateRequest(
@@ -196,12 +203,14 @@ class EngineUpdater:
             try:
                 if not self._leading("update").members.present:
                     raise SessionStateError("update: no receiver is connected: call connect")
+                if draft:
+                    self._check_drafts()
                 update.pause(self._pause_mode, self._flush)
-                update.start()
+                update.start(draft=draft)
                 result = update.transfer(
                     request.as_dict(), lambda: sender.sync(version), Interruption(self.session)
                 )
-                update.finish(str(result.version))
+                update.finish(None if draft else str(result.version))
             except BaseException as error:
                 if not update.begun:
                     _release_followers(sender, error)
@@ -218,6 +227,11 @@ class EngineUpdater:
         if session.state in AT_END:
             raise SessionStateError(f"{operation}: {session!r}")
         return session
+
+    def _check_drafts(self) -> None:
+        for engine in self.engines:
+            if not hasattr(engine, "start_draft_weight_update"):
+                raise ArgumentError(f"update: {engine!r} has no start_draft_weight_update")
 
     def _reachable(self, session: SenderSession) -> str:
         address = session.address if self._address is None else self._address

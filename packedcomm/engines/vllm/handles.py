@@ -36,7 +36,8 @@ class EngineHandle(Protocol):
       are kept;
     - `is_paused() -> bool | None`: asked where the caller pauses it;
     - `get_world_size() -> int | None`: how many workers will connect, over all data-parallel ranks;
-    - `get_version() -> str | None`: vLLM's.
+    - `get_version() -> str | None`: vLLM's;
+    - `start_draft_weight_update()`: as `start_weight_update`, for the draft model.
 
     `finish_weight_update` is given `weight_version` where it takes that. The dictionaries are
     `InitRequest.as_dict()` and `UpdateRequest.as_dict()`. An engine whose workers are receivers of
@@ -106,6 +107,10 @@ class LocalEngine:
     def start_weight_update(self) -> None:
         """See `EngineHandle`."""
         self._llm.start_weight_update()
+
+    def start_draft_weight_update(self) -> None:
+        """See `EngineHandle`; needs vLLM 0.26."""
+        self._llm.start_draft_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """See `EngineHandle`."""
@@ -188,6 +193,10 @@ class RayEngine:
     def start_weight_update(self) -> None:
         """See `EngineHandle`."""
         self._call("start_weight_update")
+
+    def start_draft_weight_update(self) -> None:
+        """See `EngineHandle`; needs vLLM 0.26."""
+        self._call("start_draft_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """See `EngineHandle`."""

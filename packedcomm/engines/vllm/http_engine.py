@@ -71,6 +71,10 @@ class HttpEngine:
         """See `EngineHandle`."""
         self._call("POST", "/start_weight_update")
 
+    def start_draft_weight_update(self) -> None:
+        """See `EngineHandle`; needs vLLM 0.26."""
+        self._call("POST", "/start_draft_weight_update")
+
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """See `EngineHandle`."""
         self._call("POST", "/update_weights", {"update_info": update_info})

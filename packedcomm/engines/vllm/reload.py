@@ -40,6 +40,7 @@ class Reload:
         model_config, vllm_config: the engine's configurations.
         layers: the qualified names of the modules that are reloaded; None is all.
         rename: from names as they are sent to names that the loader knows.
+        lender: another model, whose modules this one uses too; nothing need be sent for them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Reload:
         *,
         layers: Sequence[str] | None = None,
         rename: Callable[[str], str] | None = None,
+        lender: torch.nn.Module | None = None,
     ) -> None:
         self._model: Any = model
         self._model_config = model_config
@@ -58,6 +60,7 @@ class Reload:
         self._names = {id(module): name for name, module in named.items()}
         self._roots: list[Any] = [model] if layers is None else [named[n] for n in _tops(layers)]
         self._rename = rename
+        self._lent = set() if lender is None else {id(module) for module in lender.modules()}
         self._kernels: list[tuple[Any, Any]] = []
         self.begun = False
 
@@ -186,12 +189,13 @@ class Reload:
             )
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Those that a checkpoint fills, as they are while the reload has begun."""
+        """Those that a checkpoint must fill, as they are while the reload has begun."""
         found = {}
         for name in names:
             module, _, leaf = name.rpartition(".")
-            tensor = self._model.get_submodule(module)._parameters.get(leaf)
-            if tensor is not None:
+            owner = self._model.get_submodule(module)
+            tensor = owner._parameters.get(leaf)
+            if tensor is not None and id(owner) not in self._lent:
                 found[name] = tensor
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from packedcomm.completion import measured
@@ -73,10 +74,11 @@ class UpdateSteps:
             with measured(self._seconds, "flush"):
                 self._all("reset_prefix_cache", resetting, lambda e: e.reset_prefix_cache())
 
-    def start(self) -> None:
-        """Let the engines prepare."""
+    def start(self, *, draft: bool = False) -> None:
+        """Let the engines prepare, for their draft models or for their models."""
+        method = "start_draft_weight_update" if draft else "start_weight_update"
         with measured(self._seconds, "start"):
-            calls = Calls("start_weight_update", self._engines, _start)
+            calls = Calls(method, self._engines, partial(_start, method))
             failure = calls.wait(self._timeout_s)
         self._active = set(calls.results)
         if failure is not None:
@@ -150,12 +152,12 @@ class UpdateSteps:
         call_all(what, engines, call, self._timeout_s)
 
 
-def _start(engine: Any) -> None:
+def _start(method: str, engine: Any) -> None:
     try:
-        engine.start_weight_update()
+        getattr(engine, method)()
     except Exception as error:
         if _LEFT_ACTIVE not in str(error):
             raise
         # A trainer was lost between its calls: vLLM waits for the end of that update.
         finish_update(engine, None)
-        engine.start_weight_update()
+        getattr(engine, method)()

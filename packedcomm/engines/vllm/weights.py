@@ -40,6 +40,8 @@ class ModelWeights:
         model_config, vllm_config: the engine's configurations.
         device: where its parameters are.
         rename: from names as they are sent to names that the loader knows.
+        lender: another model, whose modules this one uses too, as a draft model may those of the
+            model that it is for; nothing need be sent for them.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class ModelWeights:
         device: torch.device,
         *,
         rename: Callable[[str], str] | None = None,
+        lender: torch.nn.Module | None = None,
     ) -> None:
         self._model = model
         self._configs = (model_config, vllm_config)
         self._device = device
         self._rename = rename
+        self._lender = lender
         self._recordings: dict[str, Recording] = {}
         self._targets: dict[str, RecordedTarget] = {}
         self._checked: set[tuple[str, bool]] = set()
@@ -139,7 +143,12 @@ class ModelWeights:
         """A new reload, which `take_back` would take back."""
         model_config, vllm_config = self._configs
         self._reload = Reload(
-            self._model, model_config, vllm_config, layers=layers, rename=self._rename
+            self._model,
+            model_config,
+            vllm_config,
+            layers=layers,
+            rename=self._rename,
+            lender=self._lender,
         )
         return self._reload
 

@@ -85,6 +85,8 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._weights: weakref.WeakKeyDictionary[torch.nn.Module, ModelWeights] = (
             weakref.WeakKeyDictionary()
         )
+        # vLLM sets `model` to a draft model for the time of an update of that.
+        self._main_model = model
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
@@ -169,6 +171,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self.vllm_config,
                 self.device,
                 rename=wrapped_names(self.model),
+                lender=None if self.model is self._main_model else self._main_model,
             )
         return found
 

@@ -219,6 +219,13 @@ def test_a_sender_that_fails_before_its_offer_ends_the_update(trainer, synced, m
     synced()
 
 
+def test_a_draft_model_that_isnt_there_is_an_error(trainer, synced, models):
+    session, updater = trainer
+    with pytest.raises(RemoteError, match="no draft model"):
+        updater.update(FullWeightSender(models[1][0], session), draft=True)
+    synced()
+
+
 def test_an_adapter_for_an_engine_without_them_is_refused(trainer, synced):
     session, updater = trainer
     adapted = Trainer(llama())
