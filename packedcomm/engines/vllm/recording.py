@@ -25,6 +25,7 @@ from packedcomm.engines.vllm.memories import (
     steps_of,
 )
 from packedcomm.engines.vllm.moves import Move, compose, dense_steps
+from packedcomm.engines.vllm.operations import leaves, tensors_in, written_by
 
 __all__ = ["Recorder", "Write"]
 
@@ -106,7 +107,7 @@ class Recorder(TorchDispatchMode):
         self._layer = layer
         fed = self.fed.setdefault(layer, set())
         busy, self._busy = self._busy, True
-        for value in _tensors(list(loaded)):
+        for value in tensors_in(list(loaded)):
             if _nowhere(value) or not value.numel():
                 continue
             memory = self._find(value)
@@ -245,7 +246,7 @@ class Recorder(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func._schema.name
-        inputs = [t for t in _tensors((args, kwargs)) if not _nowhere(t)]
+        inputs = [t for t in tensors_in((args, kwargs)) if not _nowhere(t)]
         known = [m for t in inputs if t.numel() and (m := self._find(t)) is not None]
         if not known:
             return
@@ -258,8 +259,8 @@ class Recorder(TorchDispatchMode):
             if memory.live and not memory.writes:
                 self._early.append((memory, layer, f"{name} reads values of the update before"))
         mine = {t.untyped_storage()._cdata for t in inputs}
-        changed = list(_tensors(_changed(func, args, kwargs)))
-        for value in (*changed, *_leaves(result)):
+        changed = list(tensors_in(written_by(func, args, kwargs)))
+        for value in (*changed, *leaves(result)):
             if not isinstance(value, torch.Tensor):
                 if value is not None and varies:
                     self._give_up(f"{name} reads values", layer)
@@ -338,28 +339,6 @@ def _carried(writes: list[Write], carry: Move, destination: torch.Tensor) -> Ite
             continue
         if move is not None:
             yield Write(move, write.origin, write.reason, write.sources)
-
-
-def _changed(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """The arguments that an operation writes to."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield args[index] if index < len(args) else kwargs.get(argument.name)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values if isinstance(values, Iterator) else (values,):
-        yield from (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def _nowhere(tensor: torch.Tensor) -> bool:

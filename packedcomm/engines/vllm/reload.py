@@ -139,12 +139,15 @@ class Reload:
                 method.moe_kernel = kernel
         self._kernels.clear()
 
-    def check(self, items: Iterable[Named], *, partial: bool) -> None:
+    def check(self, items: Iterable[Named], *, partial: bool) -> str:
         """Have the loader try descriptions only, on the meta device; nothing is changed.
 
         Args:
             items: names and tensors without memory.
             partial: whether layers may be left out.
+
+        Returns:
+            Why it can't be tried; empty if it could.
 
         Raises:
             ManifestError: the loader doesn't know a name or a shape, a parameter or a part of it
@@ -165,12 +168,15 @@ class Reload:
                         whole = f"{prefix}.{name}" if prefix else name
                         # vLLM hands these tensors out again at the next reload.
                         watched.append((tensor, loader))
-                        tensor.weight_loader = trial.noting(loader, whole)
+                        # Of layers that are merged: of queries, keys and values, for example.
+                        parts = len(getattr(module, "output_sizes", None) or (0,))
+                        tensor.weight_loader = trial.noting(loader, whole, parts)
             try:
                 self.load(trial.following(items))
             except Exception as error:
                 if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
-                    return  # a loader that looks at values can't be tried
+                    # A loader that looks at values.
+                    return f"{trial.given}: {_first_line(error)}"
                 said = str(error) or type(error).__name__
                 raise ManifestError(
                     f"the engine's loader refuses this manifest: {trial.given}: {said}"
@@ -187,6 +193,7 @@ class Reload:
             raise ManifestError(
                 f"{len(missing)} parameters of {which} are not sent: {listed(missing)}"
             )
+        return ""
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Those that a checkpoint must fill, as they are while the reload has begun."""
@@ -239,6 +246,10 @@ class Reload:
 def _whole_numel(tensor: torch.Tensor) -> int:
     """How many elements a checkpoint has of a parameter; vLLM says where some are padding."""
     return getattr(tensor, "weight_loader_numel", tensor.numel())
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _tops(layers: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from packedcomm.engines.vllm.operations import tensors_in, written_by
+
 __all__ = ["Trial"]
 
-_WRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
+# Those that may be left out where they would write to live memory.
+_PLAIN_WRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +61,34 @@ class Parameter:
     whole_bytes: int
     """That a checkpoint has of it, without declared padding."""
 
+    parts: int = 1
+    """Of how many tensors of a checkpoint its layer says that it is made."""
+
     asked: bool = False
     """Whether its loader was called."""
+
+    given: set[Any] = field(default_factory=set)
+    """The parts that its loader was given; None is all."""
 
     written: set[Box] = field(default_factory=set)
 
     @property
     def missing(self) -> str:
-        """What of it gets nothing; "" if that is only padding. A gap is none that is as large as
-        the smallest piece that is loaded."""
-        if not self.asked:
+        """What of it gets nothing; "" if that is only padding: less than the smallest piece that
+        is loaded, in a parameter that was given all of its parts."""
+        if not self.asked or not self.written:
             return self.name
-        if not self.written or sum(box.nbytes for box in self.written) >= self.whole_bytes:
+        if None not in self.given and len(self.given) < self.parts:
+            return f"{self.name} (a part of it)"
+        gaps = self._gaps()
+        if int(gaps.sum()) <= self.box.nbytes - self.whole_bytes:
             return ""
-        if self._largest_gap() < min(box.nbytes for box in self.written):
+        if int(gaps.max()) < min(box.nbytes for box in self.written):
             return ""
         return f"{self.name} (a part of it)"
 
-    def _largest_gap(self) -> int:
+    def _gaps(self) -> torch.Tensor:
+        """Bytes that aren't written, between those that are."""
         runs = [box.runs() for box in self.written]
         begins, order = torch.cat([begin for begin, _ in runs]).sort()
         ends = torch.cat([begin + length for begin, length in runs])[order].cummax(0).values
@@ -84,7 +97,7 @@ class Parameter:
         last = own.begin + reach + own.itemsize
         edges = torch.cat([begins, torch.tensor([last], device="cpu")])
         covered = torch.cat([torch.tensor([own.begin], device="cpu"), ends])
-        return int((edges - covered).max())
+        return (edges - covered).clamp(min=0)
 
 
 class Trial(TorchDispatchMode):
@@ -116,13 +129,24 @@ class Trial(TorchDispatchMode):
         self.misfits: list[str] = []
         """Tensors whose values can't be the parameters'."""
 
-    def noting(self, loader: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """A parameter's loader that is watched."""
+    def noting(self, loader: Callable[..., Any], name: str, parts: int = 1) -> Callable[..., Any]:
+        """A parameter's loader that is watched.
+
+        Args:
+            loader: takes the parameter, a tensor, and where there are several parts, which it is.
+            name: of the parameter.
+            parts: how many its layer puts together in it.
+        """
+        parameter = self._parameters.get(name)
+        if parameter is not None:
+            parameter.parts = parts
 
         @wraps(loader)
         def watched(*arguments: Any, **options: Any) -> Any:
-            if name in self._parameters:
-                self._parameters[name].asked = True
+            if parameter is not None:
+                parameter.asked = True
+                part = arguments[2] if len(arguments) > 2 else options.get("loaded_shard_id")
+                parameter.given.update(part if isinstance(part, tuple) else (part,))
             with self:
                 return loader(*arguments, **options)
 
@@ -152,16 +176,22 @@ class Trial(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._schema.name in _WRITES:
-            destination = args[0]
+        plain = func._schema.name in _PLAIN_WRITES
+        for destination in tensors_in(written_by(func, args, kwargs or {})):
             if destination.numel():
-                self._note(destination, args[1] if len(args) > 1 else None)
-            if destination.device.type != "meta":
-                return destination  # live memory isn't touched
+                self._note(destination, args[1] if plain and len(args) > 1 else None)
+                if destination.device.type != "meta":
+                    if plain:
+                        return destination  # live memory isn't touched
+                    if self._of(destination):
+                        raise NotImplementedError(f"{func} writes to live memory")
         return func(*args, **(kwargs or {}))
 
+    def _of(self, tensor: torch.Tensor) -> Sequence[Parameter]:
+        return self._by_storage.get(tensor.untyped_storage()._cdata, ())
+
     def _note(self, destination: torch.Tensor, source: Any) -> None:
-        found = self._by_storage.get(destination.untyped_storage()._cdata, ())
+        found = self._of(destination)
         for parameter in found:
             parameter.written.add(Box.of(destination))
         if not found or not isinstance(source, torch.Tensor):

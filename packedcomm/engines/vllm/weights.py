@@ -61,7 +61,9 @@ class ModelWeights:
         self._lender = lender
         self._recordings: dict[str, Recording] = {}
         self._targets: dict[str, RecordedTarget] = {}
-        self._checked: set[tuple[str, bool]] = set()
+        # By manifest and `partial`: why its loader can't be tried.
+        self._checked: dict[tuple[str, bool], str] = {}
+        self._untried = ""
         self._reload: Reload | None = None
         self.partial = False
         """Whether a manifest may leave parameters out."""
@@ -136,8 +138,9 @@ class ModelWeights:
             _short(f"{layer or 'the model'} stays with the engine's loader: {reason}")
             for layer, reason in self.reasons.items()
         ]
-        more = [f"and {len(reasons) - 14} more layers"] if len(reasons) > 14 else []
-        return (self.way, *reasons[:14], *more)
+        more = [f"and {len(reasons) - 13} more layers"] if len(reasons) > 13 else []
+        untried = [_short(f"not tried before: {self._untried}")] if self._untried else []
+        return (self.way, *untried, *reasons[:13], *more)
 
     def reload(self, layers: list[str] | None = None) -> Reload:
         """A new reload, which `take_back` would take back."""
@@ -164,14 +167,19 @@ class ModelWeights:
 
     def _check(self, manifest: Manifest) -> None:
         key = (manifest.digest, self.partial)
-        if key in self._checked:
-            return
-        described = [
-            (spec.name, torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"))
-            for spec in manifest.specs
-        ]
-        self.reload().check(described, partial=self.partial)
-        self._checked.add(key)
+        if key not in self._checked:
+            described = [
+                (s.name, torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta"))
+                for s in manifest.specs
+            ]
+            self._checked[key] = self.reload().check(described, partial=self.partial)
+            if self._checked[key]:
+                logger.warning(
+                    "the engine's loader can't be tried, so nobody sees whether parameters are "
+                    "missing: %s",
+                    self._checked[key],
+                )
+        self._untried = self._checked[key]
 
     def _replayable(self, manifest: Manifest, recording: Recording) -> bool:
         if "" in recording.reasons:

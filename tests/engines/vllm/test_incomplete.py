@@ -32,7 +32,14 @@ def tied():
     return Qwen3ForCausalLM(Qwen3Config(**COMMON | {"tie_word_embeddings": True})).to(TRAINER)
 
 
-MODELS = {"qwen3_moe": qwen3_moe, "llama": llama, "qwen2": qwen2, "tied": tied}
+def grouped():
+    """Keys and values are smaller than the queries together."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    return Qwen3ForCausalLM(Qwen3Config(**COMMON | heads)).to(TRAINER)
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "grouped": grouped, "llama": llama, "qwen2": qwen2, "tied": tied}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +97,8 @@ MISSING = [
     ("llama", [f"{LAYER}.mlp.gate_proj"], f"{LAYER}.mlp.gate_up_proj.weight (a part of it)"),
     ("llama", [f"{LAYER}.self_attn.v_proj"], f"{LAYER}.self_attn.qkv_proj.weight (a part of it)"),
     ("llama", ["q_proj", "k_proj"], f"{LAYER}.self_attn.qkv_proj.weight (a part of it)"),
+    ("grouped", ["k_proj", "v_proj"], f"{LAYER}.self_attn.qkv_proj.weight (a part of it)"),
+    ("grouped", [f"{LAYER}.self_attn.v_proj"], f"{LAYER}.self_attn.qkv_proj.weight (a part of it)"),
     ("llama", ["q_proj", "k_proj", "v_proj"], f"{LAYER}.self_attn.qkv_proj.weight"),
     ("llama", [f"{LAYER}.mlp.down_proj"], f"{LAYER}.mlp.down_proj.weight"),
     ("llama", ["model.embed_tokens"], "model.embed_tokens.weight"),
@@ -121,6 +130,7 @@ def test_a_model_without_something_is_refused(case, parts, text):
 
 
 PARTS = [
+    ("grouped", ["self_attn.q_proj"], "self_attn.qkv_proj.weight (a part of it)"),
     ("llama", ["self_attn.q_proj"], "self_attn.qkv_proj.weight (a part of it)"),
     ("llama", ["self_attn.k_proj", "self_attn.v_proj"], "qkv_proj.weight (a part of it)"),
     ("llama", ["mlp.up_proj"], "mlp.gate_up_proj.weight (a part of it)"),
@@ -230,3 +240,24 @@ def test_other_floating_point_numbers_are_cast(case):
     for _ in range(3):
         case.update(halves)
         case.holds({name: tensor.float() for name, tensor in halves.items()})
+
+
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_a_loader_that_looks_at_values_is_said_not_to_be_tried(case):
+    model = case.engine.model
+    load = model.load_weights
+
+    def looking(weights):
+        return load((name, t) for name, t in weights if bool((t == 0).all()) or True)
+
+    model.load_weights = looking
+    try:
+        # Another manifest than the one that was tried.
+        tensors = dict(reversed(case.tensors.items()))
+        update = case.update(tensors)
+    finally:
+        del model.load_weights
+    assert "not tried before: " in update.result.notes[1]
+    assert next(iter(tensors)) in update.result.notes[1]
+    case.holds()
+    assert not any("tried" in note for note in case.update(case.tensors).result.notes)

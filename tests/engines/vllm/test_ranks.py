@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
+from safetensors.torch import load_file
+
 from packedcomm import FullWeightSender
 from packedcomm.engines.vllm.client import LocalEngine
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.errors import ManifestError, PackedCommError, RemoteError
-from tests.helpers.vllm_adapters import GPUS, generated, llama
+from tests.helpers.vllm_adapters import GPUS, TRAINER, generated, llama, qwen3_moe
 from tests.helpers.vllm_engines import (
     DyingTrainer,
     SyncedEngine,
@@ -148,6 +150,35 @@ def test_a_killed_trainer(two_ranks, models):
     assert {s["state"] for s in two_ranks.statuses()} == {"torn"}
     with trainer_of(two_ranks.llm, 2) as again:
         well(two_ranks, again, models)
+
+
+def test_every_rank_needs_its_own_experts(tmp_path):
+    engine = SyncedEngine(
+        qwen3_moe(), tmp_path / "model", tensor_parallel_size=2, enable_expert_parallel=True
+    )
+
+    def answers_as(model):
+        # vLLM's CPU build ends in a step with experts on several ranks.
+        if GPUS:
+            agree(engine.generate(), generated(model))
+
+    try:
+        with trainer_of(engine.llm, 2) as (session, updater):
+            for seed in range(1, 6):
+                model = changed(qwen3_moe(), seed)
+                model.save_pretrained(tmp_path / str(seed))
+                # As files have them: expert by expert.
+                tensors = load_file(tmp_path / str(seed) / "model.safetensors", str(TRAINER))
+                updater.update(FullWeightSender(tensors, session), seed)
+                answers_as(model)
+            for absent in (["experts.2.", "experts.3."], ["experts.0.", "experts.1."]):
+                some = {n: t for n, t in tensors.items() if not any(a in n for a in absent)}
+                with pytest.raises(ManifestError, match=r"not sent: .*experts.*w13_weight"):
+                    updater.update(FullWeightSender(some, session))
+            answers_as(model)
+            assert [status["version"] for status in engine.statuses()] == [5, 5]
+    finally:
+        engine.close()
 
 
 @pytest.mark.skipif(not GPUS, reason="vLLM's CPU build can't run the stages of a pipeline")
