@@ -10,10 +10,11 @@ from packedcomm._native import TensorRecord
 from packedcomm.copying.arrays import as_destination, as_tensor, describe_tensors
 from packedcomm.copying.buffers import BufferPlan, Part
 from packedcomm.copying.packing import contiguous_copy, pack, pack_into, unpack_from
-from packedcomm.copying.plans import CopyPlan
+from packedcomm.copying.plans import CASTABLE, CopyPlan
 from packedcomm.copying.tables import Names
 
 __all__ = [
+    "CASTABLE",
     "BufferPlan",
     "CopyPlan",
     "Names",

@@ -10,7 +10,10 @@ import torch
 from packedcomm.copying.arrays import as_destination, as_tensor
 from packedcomm.copying.tables import Execution, new_table
 
-__all__ = ["CopyPlan"]
+__all__ = ["CASTABLE", "CopyPlan"]
+
+CASTABLE = ("float64", "float32", "float16", "bfloat16")
+"""Dtypes whose values may be rounded to one another. All others stay the bytes that they are."""
 
 
 class CopyPlan:

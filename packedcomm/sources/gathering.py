@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.copying import Part
+from packedcomm.copying import CASTABLE, Part
 from packedcomm.errors import LayoutError, PackedCommError, SessionStateError
 from packedcomm.manifest import DTYPE_SIZES, dtype_name
 from packedcomm.sources.base import Snapshot
@@ -29,7 +29,6 @@ from packedcomm.sources.exchange import Exchange
 from packedcomm.sources.placements import is_replicated, shard_boxes
 from packedcomm.sources.rounds import Gathered, Rounds, Shards
 from packedcomm.sources.structure import AddressRecord
-from packedcomm.sources.transforms import CASTABLE
 
 __all__ = ["GatheringSource"]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from packedcomm.copying import CASTABLE
 from packedcomm.errors import ArgumentError, ManifestError, listed
 from packedcomm.manifest import dtype_name
 from packedcomm.planning.rotary import RotaryDirection
@@ -15,7 +16,6 @@ from packedcomm.sources.entries import Entry, check_names
 from packedcomm.sources.rotary import permuted_entry
 
 __all__ = [
-    "CASTABLE",
     "Cast",
     "Filter",
     "NamePatterns",
@@ -23,9 +23,6 @@ __all__ = [
     "RotaryPermutation",
     "Selection",
 ]
-
-CASTABLE = ("float64", "float32", "float16", "bfloat16")
-"""Dtypes whose values may be rounded to one another. All others stay the bytes that they are."""
 
 Selection = str | Sequence[str] | Callable[[str], bool]
 """Which names: a glob pattern, several, or a function of the name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packedcomm.copying import CopyPlan, Part, TensorRecord
+from packedcomm.copying import CASTABLE, CopyPlan, Part, TensorRecord
 from packedcomm.errors import ManifestError, TensorError, listed
 from packedcomm.layout import Layout
 from packedcomm.manifest import Manifest, dtype_name
@@ -21,9 +21,6 @@ __all__ = [
     "renaming",
     "tied_names",
 ]
-
-# Dtypes between which values are cast if the user says so.
-_CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # Manifests whose placement is kept, as many as a receiver keeps plans.
 _KEPT = 8
@@ -194,10 +191,10 @@ def renaming(
 
 
 def _dtype_problem(sent: str, held: str, cast: bool, scale: float) -> str | None:
-    if sent != held and not {sent, held} <= _CASTABLE:
+    if sent != held and not {sent, held} <= set(CASTABLE):
         return f"{sent} can't become {held}"
     if sent != held and not cast:
         return f"received as {sent}, held as {held}, and cast isn't set"
-    if scale != 1.0 and held not in _CASTABLE:
+    if scale != 1.0 and held not in CASTABLE:
         return f"{held} can't be scaled"
     return None

@@ -222,3 +222,46 @@ def test_any_way_round_is_replayed_right_or_refused(ways, cut, dtype):
     replayed = content(engine.live["m.layer.weight"])
     engine.load(received, loaders.Unwatched())
     assert replayed == content(engine.live["m.layer.weight"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_bias_that_is_loaded_outside_of_its_layer(when):
+    """As vLLM does from 0.27 on; the layer copies it onto itself when it has everything."""
+    live = {"weight": memory(4, 3), "bias": memory(4)}
+    received = {}
+
+    def load_bias(given):
+        for at, name in enumerate(("qb", "kb")):
+            live["bias"][2 * at : 2 * at + 2].copy_(given[name])
+
+    def prepare(given):
+        received.update(given)
+        if when == "before":
+            load_bias(given)
+        return given
+
+    def fill(fresh, given):
+        fresh["weight"].copy_(given["w"])
+        fresh["bias"].copy_(fresh["bias"])
+
+    layers = [Layer("m.qkv", live, ["w"], fill, direct=True)]
+    if when == "after":
+        layers.append(Layer("m.end", {}, [], lambda f, g: load_bias(received), direct=True))
+    engine = Engine(layers, prepare)
+    recording = assert_replayed(engine, sent(w=(4, 3), qb=(2,), kb=(2,)), parts=3)
+    assert recording.fed["m.qkv"] == {"w", "qb", "kb"}
+
+
+def test_constants_beside_what_is_received():
+    padded = one(loaders.padded(6, 6), {"weight": memory(6, 4)}, ["w"])
+    recording = assert_replayed(padded, sent(w=(10, 4)))
+    assert recording.constants == {"m.layer.weight"}
+    assert recording.writes_to(["m.layer.weight"])
+    assert not recording.writes_to(["m.layer.bias", "m.other.weight"])
+
+    def twice(fresh, given):
+        fresh["weight"].zero_()
+        fresh["weight"].copy_(given["w"])
+
+    whole = one(twice, {"weight": memory(6, 4)}, ["w"])
+    assert assert_replayed(whole, sent(w=(6, 4))).constants == set()

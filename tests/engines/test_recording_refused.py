@@ -275,3 +275,13 @@ def test_nothing_is_kept_alive():
     assert gone() is not None
     proof.leave_layer()
     assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("sent_as", "held_as"),
+    [("float8_e4m3fn", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("int64", "int32")],
+)
+def test_casts_that_the_copy_engine_cant_do(sent_as, held_as):
+    live = {"weight": memory(4, dtype=getattr(torch, held_as))}
+    engine = one(loaders.plainly, live, ["w"])
+    assert_refused(engine, sent(w=(4, sent_as)), f"cast from {sent_as} to {held_as}")

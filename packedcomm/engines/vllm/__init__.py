@@ -45,10 +45,10 @@ def register() -> None:
             BACKEND, "packedcomm.engines.vllm.worker", "PackedCommEngine"
         )
     from packedcomm.engines.vllm.adapters import install_adapter_hook
-    from packedcomm.engines.vllm.failed_updates import install_failed_update_hook
+    from packedcomm.engines.vllm.worker_hooks import install_worker_hooks
 
     install_adapter_hook()
-    install_failed_update_hook()
+    install_worker_hooks()
 
 
 def _register_refusal(reason: str) -> None:

@@ -16,12 +16,16 @@ __all__ = ["holds"]
 _UNTOUCHED, _UNKNOWN, _CONSTANT, _RECEIVED = range(4)
 
 
-def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> list[Write]:
-    """The writes of received tensors that live memory still holds all of, each element once.
+def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Write], bool]:
+    """What live memory holds in the end.
 
     Args:
         memory: as it was recorded.
         tensors: the live tensors in it.
+
+    Returns:
+        The writes of received tensors that it still holds all of, each element once, and whether
+        it holds constants too.
 
     Raises:
         ValueError: some of a tensor isn't known, or a write is partly overwritten.
@@ -52,7 +56,8 @@ def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> list[Write]:
         raise ValueError("written twice, the second time only in part")
     if any(_UNTOUCHED in found and found != {_UNTOUCHED} for found in held):
         raise ValueError("some elements come from nowhere that was seen")
-    return [memory.writes[index - _RECEIVED] for index in surface.received()]
+    received = [memory.writes[index - _RECEIVED] for index in surface.received()]
+    return received, any(_CONSTANT in found for found in held)
 
 
 def _in_one_piece(move: Move, size: int) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from packedcomm.copying import Part, TensorRecord
+from packedcomm.copying import CASTABLE, Part, TensorRecord
 from packedcomm.engines.vllm.coverage import holds
 from packedcomm.engines.vllm.memories import Memory
 from packedcomm.engines.vllm.moves import box_in
@@ -16,7 +16,7 @@ from packedcomm.engines.vllm.recording import Recorder
 from packedcomm.errors import TensorError
 from packedcomm.manifest import Manifest, TensorSpec
 
-__all__ = ["Entry", "RecordedTarget", "Recording", "live_tensors"]
+__all__ = ["Entry", "RecordedTarget", "Recording"]
 
 # Integers by which elements are compared bit by bit.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,13 +58,6 @@ class Entry:
         ]
 
 
-def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and buffers by qualified name, those that share memory too."""
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
-
-
 @dataclass
 class Recording:
     """Which box of each received tensor is held where, and what isn't known of.
@@ -81,6 +74,13 @@ class Recording:
 
     reasons: dict[str, str]
     """Layers that can't be replayed, and why; "" is the whole model."""
+
+    outside: set[str] = field(default_factory=set)
+    """Received tensors that are loaded before or after their layers are: biases, for example."""
+
+    constants: set[str] = field(default_factory=set)
+    """Live tensors of which the loader sets some elements to what isn't received, such as padding
+    to zeros. Replays leave these as they are."""
 
     proved: bool = False
     """Whether a second update has shown the loader doing the same."""
@@ -100,16 +100,18 @@ class Recording:
             live: as for the recorder.
         """
         written = recorder.close()
-        recording = cls({}, recorder.fed, dict(recorder.reasons))
+        recording = cls({}, recorder.fed, dict(recorder.reasons), recorder.outside)
         for memory in written:
             tensors = {name: live[name] for name in memory.live}
             try:
-                found = _entries(memory, tensors, recorder.fed, manifest)
+                found, constants = _entries(memory, tensors, recorder.fed, manifest)
             except ValueError as error:
                 # Another layer that shares the memory has nothing to do for it.
                 for layer in (memory.layers & recorder.fed.keys()) or memory.layers:
                     recording.reasons.setdefault(layer, f"{memory.live[0]}: {error}")
                 continue
+            if constants:
+                recording.constants.update(memory.live)
             for origin, entry in found:
                 recording.entries.setdefault(origin, []).append(entry)
         held = recording.layers
@@ -150,6 +152,13 @@ class Recording:
         """Names of the received tensors that the loader must be given."""
         return set().union(*(self.fed.get(layer, set()) for layer in self.reasons))
 
+    def writes_to(self, names: Collection[str]) -> bool:
+        """Whether its updates write to any of these live tensors, as far as that is known."""
+        own = {entry.live for entries in self.entries.values() for entry in entries}
+        own |= self.constants
+        layers = self.reasons.keys()
+        return any(n in own or n.rpartition(".")[0] in layers or "" in layers for n in names)
+
     @property
     def layers(self) -> dict[str, set[str]]:
         """The layers with entries, and from which received tensors those come."""
@@ -165,8 +174,8 @@ def _entries(
     tensors: Mapping[str, torch.Tensor],
     fed: Mapping[str, set[str]],
     manifest: Manifest,
-) -> list[tuple[str, Entry]]:
-    """What of live memory is which box.
+) -> tuple[list[tuple[str, Entry]], bool]:
+    """What of live memory is which box, and whether some of it is constant.
 
     Args:
         memory: as it was recorded.
@@ -177,7 +186,7 @@ def _entries(
     Raises:
         ValueError: some of it isn't known, or is no box.
     """
-    writes = holds(memory, tensors)
+    writes, constants = holds(memory, tensors)
     # Of tensors that are the same, the one whose layer was loaded stands for all.
     names = sorted(tensors, key=lambda name: name.rpartition(".")[0] not in fed)
     size = tensors[names[0]].element_size()
@@ -191,12 +200,15 @@ def _entries(
         name, first = next(inside, ("", 0))
         if not name or write.origin is None:
             raise ValueError("written together with other memory")
+        kinds = (write.move.src_dtype, write.move.dst_dtype)
+        if kinds[0] != kinds[1] and not set(kinds) <= set(CASTABLE):
+            raise ValueError(f"cast from {kinds[0]} to {kinds[1]}")
         spec: TensorSpec = manifest.by_name[write.origin]
         offset, shape, steps = box_in(write.move, 0, spec.shape, _itemsize(spec))
         at = (write.move.dst - first) // size
         strides = tuple(step // size for step in steps)
         found.append((write.origin, Entry(offset, shape, strides, name, at)))
-    return found
+    return found, constants
 
 
 def _reach(tensor: torch.Tensor) -> int:
@@ -228,7 +240,7 @@ class Proof:
         # How many layers are still to be compared with each received tensor.
         self._waiting = Counter(name for names in self._layers.values() for name in names)
         self._received: dict[str, torch.Tensor] = {}
-        self._differences: dict[str, torch.Tensor] = {}
+        self._differences: dict[str, list[torch.Tensor]] = {}
         self._layer = ""
 
     def receive(self, name: str, tensor: torch.Tensor) -> None:
@@ -242,27 +254,36 @@ class Proof:
 
     def leave_layer(self) -> None:
         """As `Watch.leave_layer`: compare what the layer holds now."""
-        boxes = self._layers.pop(self._layer, None)
-        if boxes is None:
-            return
-        differ = []
+        boxes = self._layers.pop(self._layer, {})
+        later = {n: entries for n, entries in boxes.items() if n in self._recording.outside}
+        if later:
+            self._layers[self._layer] = later
+        self._compare(self._layer, {n: boxes[n] for n in boxes.keys() - later.keys()})
+
+    def _compare(self, layer: str, boxes: Mapping[str, list[Entry]]) -> None:
         for name, entries in boxes.items():
             received = self._received.get(name)
-            differ += [_differs(entry.view(self._live), entry, received) for entry in entries]
+            for entry in entries:
+                self._differences.setdefault(layer, []).append(
+                    _differs(entry.view(self._live), entry, received)
+                )
             self._waiting[name] -= 1
             if not self._waiting[name]:
                 self._received.pop(name, None)
-        self._differences[self._layer] = torch.stack(differ).any()
 
     def end(self) -> None:
         """The update has ended: give up what differs, and what the loader hasn't touched."""
-        for layer in list(self._layers):
+        for layer, boxes in self._layers.items():
             # Without a moment at which it was complete: at the end it must be.
-            self._layer = layer
-            self.leave_layer()
+            self._compare(layer, boxes)
+        self._layers.clear()
         reason = "holds other bytes than were recorded for it"
         self._recording.give_up(
-            {layer: reason for layer, differs in self._differences.items() if bool(differs)}
+            {
+                layer: reason
+                for layer, differ in self._differences.items()
+                if bool(torch.stack(differ).any())
+            }
         )
         self._received.clear()
         self._recording.proved = True
@@ -311,6 +332,11 @@ class RecordedTarget:
     def memory(self) -> Sequence[torch.Tensor]:
         """The live tensors that are written."""
         return self._memory
+
+    @property
+    def names(self) -> Collection[str]:
+        """Theirs."""
+        return self._live.keys()
 
     @property
     def moved(self) -> bool:

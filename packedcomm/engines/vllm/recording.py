@@ -65,6 +65,8 @@ class Recorder(TorchDispatchMode):
         """Names of the received tensors that each layer was loaded from."""
         self.read: dict[str, set[str]] = {}
         """Those of them that were looked at while it was loaded; others are other ranks'."""
+        self.outside: set[str] = set()
+        """Names of the received tensors that live memory got outside of any layer."""
         self._kept: list[tuple[StorageWeakRef, str, str]] = []
         self._early: list[tuple[Memory, str, str]] = []
         self._kinds: dict[Any, str] = {}
@@ -212,6 +214,8 @@ class Recorder(TorchDispatchMode):
             if self._find(destination) is not None:
                 self._write_unknown(destination, "written from memory of unknown contents")
             return
+        if _same_memory(source, destination):
+            return
         if contents.live and not contents.writes:
             self._early.append((contents, self._layer or "", "read before it was written"))
             self._write_unknown(destination, "copied from weights that were not yet written")
@@ -233,7 +237,16 @@ class Recorder(TorchDispatchMode):
         read = frozenset().union(*(write.sources for write in writes))
         if self._layer is not None:
             self.read.setdefault(self._layer, set()).update(read)
-        memory = self._written(destination, constant=all(write.constant for write in writes))
+        constant = all(write.constant for write in writes)
+        # Biases (from vLLM 0.27 on) are loaded before their layers have everything else.
+        plain = not contents.live and not any(write.reason for write in writes)
+        early = self._layer is None and plain
+        memory = self._written(destination, constant=constant, early=early)
+        if early:
+            self.outside.update(read)
+            for layer in memory.layers:
+                self.fed.setdefault(layer, set()).update(read)
+                self.read.setdefault(layer, set()).update(read)
         if not any(write.move.numel == destination.numel() for write in writes):
             # What is between them isn't what it was before, either.
             place = everywhere(destination)
@@ -292,7 +305,7 @@ class Recorder(TorchDispatchMode):
                 return memory
         return None
 
-    def _written(self, tensor: torch.Tensor, *, constant: bool) -> Memory:
+    def _written(self, tensor: torch.Tensor, *, constant: bool, early: bool = False) -> Memory:
         """The memory of a tensor that is being written; known from now on."""
         memory = self._find(tensor)
         if memory is None:
@@ -300,7 +313,7 @@ class Recorder(TorchDispatchMode):
             self._between.add(memory)
         elif memory.received:
             self._give_up("the loader changes what it is given", "")
-        elif memory.live and not constant and self._layer not in memory.layers:
+        elif memory.live and not (constant or early or self._layer in memory.layers):
             self._give_up(f"{memory.live[0]} is written by another layer or by none", "")
         if fills(tensor, memory):
             memory.writes.clear()
@@ -339,6 +352,14 @@ def _carried(writes: list[Write], carry: Move, destination: torch.Tensor) -> Ite
             continue
         if move is not None:
             yield Write(move, write.origin, write.reason, write.sources)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and (one.shape, one.stride(), one.dtype) == (
+        other.shape,
+        other.stride(),
+        other.dtype,
+    )
 
 
 def _nowhere(tensor: torch.Tensor) -> bool:

@@ -62,16 +62,24 @@ class Reload:
         self._rename = rename
         self._lent = set() if lender is None else {id(module) for module in lender.modules()}
         self._kernels: list[tuple[Any, Any]] = []
+        # What is written before its layer is complete, by module: biases, from vLLM 0.27 on.
+        self._before: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.begun = False
 
     def begin(self) -> None:
         """Put the layers on the meta device; until `end` or `take_back` nobody may generate."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
         self.begun = True
         for root in self._roots:
             initialize_layerwise_reload(root)
             for module in root.modules():
+                self._before[module] = [
+                    (tensor, tensor.detach().clone())
+                    for tensor in get_layer_tensors(module).values()
+                    if not tensor.is_meta
+                ]
                 method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None and _on_cpu(module):
                     # Only a layer without one has its experts packed anew.
@@ -98,6 +106,7 @@ class Reload:
                 finalize_layerwise_reload(root, self._model_config)
             self._pack_tied_again()
         self._give_kernels_back()
+        self._before.clear()
         self.begun = False
 
     def take_back(self) -> None:
@@ -115,9 +124,12 @@ class Reload:
                     if info.kernel_tensors is not None:
                         layerwise._place_kernel_tensors(module, info)
                     info.reset()
+                    for tensor, before in self._before.get(module, ()):
+                        tensor.detach().copy_(before)
             if hasattr(root, "_original_do_torchao_reload"):
                 root._do_torchao_reload = root._original_do_torchao_reload
         layerwise.LOADING_LAYERS.clear()
+        self._before.clear()
         self._give_kernels_back()
 
     def _pack_tied_again(self) -> None:

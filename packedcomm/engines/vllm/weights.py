@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording, live_tensors
+from packedcomm.engines.vllm.live import Links, live_tensors
+from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording
 from packedcomm.engines.vllm.recording import Recorder
 from packedcomm.engines.vllm.reload import Reload
 from packedcomm.manifest import Manifest
@@ -61,6 +62,9 @@ class ModelWeights:
         self._lender = lender
         self._recordings: dict[str, Recording] = {}
         self._targets: dict[str, RecordedTarget] = {}
+        self._links: dict[str, Links] = {}
+        # Manifests whose constants somebody may have overwritten: the loader makes them anew.
+        self._stale: set[str] = set()
         # By manifest and `partial`: why its loader can't be tried.
         self._checked: dict[tuple[str, bool], str] = {}
         self._untried = ""
@@ -80,16 +84,24 @@ class ModelWeights:
         """
         digest = manifest.digest
         target = self._targets.get(digest)
-        if target is not None and target.moved:
+        if target is not None and (target.moved or self._links[digest].changed):
             logger.warning("the engine's parameters have moved: recording its loader again")
             self.forget()
         self._check(manifest)
         recording = self._recordings.get(digest)
+        self._stale |= {
+            other
+            for other, theirs in self._recordings.items()
+            if other != digest and (recording is None or recording.writes_to(theirs.constants))
+            if theirs.constants
+        }
         if recording is None:
             return _Recorded(self, manifest)
+        # The one that was used last is kept longest.
+        self._recordings[digest] = self._recordings.pop(digest)
         if not recording.proved:
             return _Proved(self, manifest, recording)
-        if not self._replayable(manifest, recording):
+        if digest in self._stale or not self._replayable(manifest, recording):
             return _Loaded(self, manifest)
         self.way = "replayed"
         return self._replay(manifest, recording)
@@ -100,6 +112,8 @@ class ModelWeights:
         recording = self._recordings.get(manifest.digest)
         if recording is None or not recording.proved or recording.reasons:
             return None
+        if manifest.digest in self._stale:
+            return None
         return self._replay(manifest, recording)
 
     def _replay(self, manifest: Manifest, recording: Recording) -> RecordedTarget:
@@ -109,12 +123,23 @@ class ModelWeights:
             self._targets[digest] = RecordedTarget(
                 recording, live, self._device, lambda items: self._load_rest(recording, items)
             )
+            self._links[digest] = Links(self._model, self._targets[digest].names)
         return self._targets[digest]
 
     def forget(self) -> None:
         """Drop all recordings."""
         self._recordings.clear()
         self._targets.clear()
+        self._links.clear()
+        self._stale.clear()
+
+    def lose_contents(self) -> None:
+        """All memory has other contents now than the last update left."""
+        self._stale = {d for d, recording in self._recordings.items() if recording.constants}
+
+    def loaded(self, manifest: Manifest) -> None:
+        """The loader has carried out all of an update."""
+        self._stale.discard(manifest.digest)
 
     def take_back(self) -> None:
         """After a failed update: end the reload that it has begun, so that the engine can answer.
@@ -157,10 +182,13 @@ class ModelWeights:
 
     def keep(self, manifest: Manifest, recording: Recording) -> None:
         """Remember what was recorded."""
+        self._recordings.pop(manifest.digest, None)
         while len(self._recordings) >= _KEPT:
             oldest = next(iter(self._recordings))
             del self._recordings[oldest]
             self._targets.pop(oldest, None)
+            self._links.pop(oldest, None)
+            self._stale.discard(oldest)
         self._recordings[manifest.digest] = recording
         for layer, reason in recording.reasons.items():
             logger.info("stays with the engine's loader: %s: %s", layer or "the model", reason)
@@ -218,6 +246,7 @@ class _Loaded:
         self._left -= len(items)
         if not self._left:
             self._end(self._reload)
+            self._weights.loaded(self._manifest)
 
     def _begin(self) -> None:
         self._reload = self._weights.reload()

@@ -61,9 +61,6 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     else with weights that the message calls torn, until the next update.
     """
 
-    starts_anew = True
-    """An update may begin where the one before was never finished (see `failed_updates`)."""
-
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
@@ -81,12 +78,14 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         self._settings = Settings.from_environment()
         self._session: ReceiverSession | None = None
-        self._receivers: dict[Any, WeightReceiver] = {}
+        # By model and adapter.
+        self._receivers: dict[tuple[int, str], WeightReceiver] = {}
         self._weights: weakref.WeakKeyDictionary[torch.nn.Module, ModelWeights] = (
             weakref.WeakKeyDictionary()
         )
         # vLLM sets `model` to a draft model for the time of an update of that.
         self._main_model = model
+        self._main_config: Any = vllm_config.model_config
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
@@ -112,6 +111,15 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._leave()
         settings = replace(self._settings, connect_timeout_s=request.connect_timeout_s)
         self._session = Session.connect(request.address, device=self.device, settings=settings)
+
+    def begin_anew(self) -> None:
+        """Forget an update that was begun and never finished (see `worker_hooks`)."""
+        self.model, self.model_config = self._main_model, self._main_config
+
+    def lose_contents(self) -> None:
+        """The weights' memory is given up for a while: replays can't rely on what was in it."""
+        for weights in self._weights.values():
+            weights.lose_contents()
 
     def start_weight_update(self) -> None:
         """Nothing: what an update needs is known when it is offered."""
@@ -155,6 +163,8 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         assert self._session is not None
         key = (id(self.model), request.adapter)
         receiver = self._receivers.get(key)
+        if receiver is not None and receiver.session is not self._session:
+            receiver.reconnect(self._session)
         if receiver is None:
             chosen: Any = weights
             if request.kind == "adapter":
@@ -198,7 +208,8 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _leave(self) -> None:
         session, self._session = self._session, None
-        self._receivers.clear()
+        # Those of models know what is torn; an adapter never is.
+        self._receivers = {key: each for key, each in self._receivers.items() if not key[1]}
         if session is not None:
             session.close()
 

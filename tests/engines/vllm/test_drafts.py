@@ -107,6 +107,20 @@ def test_a_draft_model_without_something_is_refused_and_the_model_updated_after_
         assert drafted.taken() > 2
 
 
+def test_an_update_after_a_draft_models_that_never_ended_is_the_models(drafted):
+    """As on those of several workers that haven't raised."""
+    worker, model = drafted.worker, changed(llama(), 5)
+    worker.start_draft_weight_update()
+    with trainer_of(drafted.llm) as (session, updater):
+        updater.update(FullWeightSender(tensors_of(model), session))
+        agree(drafted.generate(), generated(model))
+        assert drafted.taken() < 1
+        worker.start_weight_update()
+        updater.update(FullWeightSender(tensors_of(model), session), draft=True)
+        agree(drafted.generate(), generated(model))
+        assert drafted.taken() > 2
+
+
 def eagle_tensors(seed):
     """Of one layer, under EAGLE's names: without embeddings, output layer and first norm."""
     model = changed(llama(), seed)

@@ -24,6 +24,7 @@ from packedcomm.errors import (
     TensorError,
     VersionMismatch,
 )
+from tests.helpers.interrupted import Interrupted
 from tests.helpers.vllm_adapters import (
     ENGINE,
     TRAINER,
@@ -354,6 +355,58 @@ def test_a_trainer_that_is_killed_leaves_an_engine_that_answers(engines, name, s
         for model, expected in zip(models[::-1], answers[::-1], strict=True):
             updater.update(FullWeightSender(model, session))
             agree(engine.generate(), expected)
+
+
+def test_torn_weights_stay_torn_for_another_trainer(engine, trainer, synced, models):
+    session, updater = trainer
+    tensors = tensors_of(models[1][0])
+    source = Interrupted(tensors)
+
+    def fail():
+        raise TensorError("no more")
+
+    source.when(len(tensors) // 2, fail)
+    with pytest.raises(TensorError, match="no more"):
+        updater.update(FullWeightSender(source, session))
+    assert engine.statuses()[0]["state"] == "torn"
+    updater.connect()
+    norm = {name: t for name, t in tensors.items() if name == "model.norm.weight"}
+    updater.update(FullWeightSender(norm, session), partial=True)
+    assert engine.statuses()[0]["state"] == "torn"
+    synced(holds=False)
+    assert engine.statuses()[0]["state"] == "committed"
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """Norms are replayed on CPUs, too."""
+    monkeypatch.setattr("packedcomm.engines.vllm.weights._MOST_BY_LOADER", 1.0)
+
+
+def test_a_parameter_that_was_replaced_is_followed(engine, trainer, synced, models, replaying):
+    session, updater = trainer
+    for turn in range(4):
+        updater.update(FullWeightSender(models[turn % 2][0], session))
+    assert engine.statuses()[0]["way"] == "replayed"
+    norm = engine.model.get_submodule("model.norm")
+    norm.weight = torch.nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
+    for model, expected in models:
+        updater.update(FullWeightSender(model, session))
+        agree(engine.generate(), expected)
+
+
+def test_casts_that_only_the_loader_can_do(engine, trainer, synced, models, replaying):
+    session, updater = trainer
+    name = "model.norm.weight"
+    small = changed(models[0][0], 5)
+    for _ in range(4):
+        tensors = tensors_of(small)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        updater.update(FullWeightSender(tensors, session))
+        held = engine.model.get_submodule("model.norm").weight
+        assert torch.equal(held.cpu(), tensors[name].float().cpu())
+    (status,) = engine.statuses()
+    assert "cast from float8_e4m3fn to float32" in status["by_loader"]["model.norm"]
 
 
 @pytest.mark.skipif(ENGINE.type == "cpu", reason="the CPU build can't sleep")

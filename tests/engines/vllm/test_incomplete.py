@@ -10,7 +10,8 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from packedcomm import FullWeightSender
-from packedcomm.errors import ManifestError
+from packedcomm.errors import ManifestError, TensorError
+from tests.helpers.interrupted import Interrupted
 from tests.helpers.vllm_adapters import COMMON, TRAINER, generated, llama, qwen3_moe
 from tests.helpers.vllm_engines import SyncedEngine, agree, changed, tensors_of, trainer_of
 
@@ -79,6 +80,7 @@ def case(engines, request, tmp_path):
         case.update = lambda tensors, **options: updater.update(
             FullWeightSender(tensors, session), **options
         )
+        case.send = lambda source: updater.update(FullWeightSender(source, session))
         case.update(case.tensors)
         case.holds()
         yield case
@@ -261,3 +263,35 @@ def test_a_loader_that_looks_at_values_is_said_not_to_be_tried(case):
     assert next(iter(tensors)) in update.result.notes[1]
     case.holds()
     assert not any("tried" in note for note in case.update(case.tensors).result.notes)
+
+
+@pytest.mark.parametrize("case", ["qwen2"], indirect=True)
+def test_biases_belong_to_their_layers(case, monkeypatch):
+    # Norms are replayed on CPUs, too.
+    monkeypatch.setattr("packedcomm.engines.vllm.weights._MOST_BY_LOADER", 1.0)
+    for seed in range(1, 5):
+        model = changed(case.model, seed)
+        update = case.update(tensors_of(model))
+        agree(case.engine.generate(), generated(model))
+    assert update.result.notes[0].endswith("replayed")
+    (status,) = case.engine.statuses()
+    assert "" not in status["by_loader"]
+
+
+@pytest.mark.parametrize("case", ["qwen2"], indirect=True)
+def test_a_layer_that_isnt_complete_keeps_its_bias(case):
+    layer = case.engine.model.get_submodule(f"{LAYER}.self_attn.qkv_proj")
+    before = layer.bias.detach().clone()
+    tensors = {name: tensor * 1.5 for name, tensor in case.tensors.items()}
+    first = {n: t for n, t in tensors.items() if n.startswith(LAYER) and n.endswith(".bias")}
+    source = Interrupted(first | tensors)
+
+    def fail():
+        raise TensorError("no more")
+
+    source.when(len(tensors) - 1, fail)
+    with pytest.raises(TensorError, match="no more"):
+        case.send(source)
+    assert torch.equal(layer.bias, before)
+    case.update(case.tensors)
+    case.holds()

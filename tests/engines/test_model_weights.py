@@ -1,0 +1,124 @@
+"""Which way an update of a model takes, and what is remembered for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from packedcomm.engines.vllm.live import Links, live_tensors
+from packedcomm.engines.vllm.recorded import Entry, Recording
+from packedcomm.engines.vllm.weights import ModelWeights
+from packedcomm.manifest import Manifest, TensorSpec
+
+
+def model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+
+class Weights(ModelWeights):
+    """Whose loader knows every manifest."""
+
+    def _check(self, manifest):
+        pass
+
+    def update(self, manifest, constants=()):
+        """As an update goes; the way that it took."""
+        chosen = self.choose(manifest)
+        way = self.way
+        if way == "recorded":
+            name = manifest.specs[0].name
+            entry = Entry((0,), (3,), (1,), name, 0)
+            layer = name.rpartition(".")[0]
+            recording = Recording({name: [entry]}, {layer: {name}}, {}, constants=set(constants))
+            self.keep(manifest, recording)
+        elif way == "proved":
+            self._recordings[manifest.digest].proved = True
+            self.keep(manifest, self._recordings[manifest.digest])
+        if way != "replayed":
+            self.loaded(manifest)
+        else:
+            assert chosen.place(manifest)
+        return way
+
+
+@pytest.fixture
+def weights():
+    return Weights(model(), None, None, torch.device("cpu"))
+
+
+BIAS = Manifest([TensorSpec("0.bias", "float32", (3,))])
+NORM = Manifest([TensorSpec("1.weight", "float32", (3,))])
+WAYS = ["recorded", "proved", "replayed"]
+
+
+def manifests(count):
+    """All into one parameter."""
+    return [
+        Manifest([TensorSpec("0.bias", "float32", (3,))], attributes={"number": number})
+        for number in range(count)
+    ]
+
+
+def test_four_manifests_are_remembered_and_the_one_unused_longest_goes(weights):
+    four = manifests(4)
+    for manifest in four:
+        assert [weights.update(manifest) for _ in range(2)] == WAYS[:2]
+    assert [weights.update(manifest) for manifest in four] == ["replayed"] * 4
+    weights.update(four[0])
+    (other,) = manifests(5)[4:]
+    assert weights.update(other) == "recorded"
+    assert weights.update(four[0]) == "replayed"
+    assert weights.update(four[1]) == "recorded"
+
+
+def replace_parameter(module):
+    module[0].bias = torch.nn.Parameter(module[0].bias.detach().clone())
+
+
+def replace_memory(module):
+    module[0].bias.data = module[0].bias.data.clone()
+
+
+def replace_module(module):
+    module[0] = torch.nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("replace", [replace_parameter, replace_memory, replace_module])
+def test_tensors_that_were_replaced_are_recorded_again(replace):
+    module = model()
+    weights = Weights(module, None, None, torch.device("cpu"))
+    assert [weights.update(BIAS) for _ in range(3)] == WAYS
+    module[1].weight = torch.nn.Parameter(torch.ones(3))
+    assert weights.update(BIAS) == "replayed"
+    replace(module)
+    assert [weights.update(BIAS) for _ in range(3)] == WAYS
+
+
+def test_constants_are_made_anew_when_the_contents_were_lost(weights):
+    assert [weights.update(BIAS, ["0.bias"]) for _ in range(3)] == WAYS
+    assert [weights.update(NORM) for _ in range(3)] == WAYS
+    weights.lose_contents()
+    assert [weights.update(NORM), weights.update(BIAS), weights.update(BIAS)] == [
+        "replayed",
+        "loaded",
+        "replayed",
+    ]
+
+
+def test_constants_are_made_anew_when_another_manifest_was_there(weights):
+    one, other = manifests(2)
+    assert [weights.update(one, ["0.bias"]) for _ in range(3)] == WAYS
+    assert [weights.update(NORM) for _ in range(3)] == WAYS
+    assert weights.update(one) == "loaded"  # nobody knew what a recording would write
+    assert weights.update(NORM) == "replayed"
+    assert weights.update(one) == "replayed"
+    assert [weights.update(other) for _ in range(3)] == WAYS
+    assert [weights.update(one), weights.update(one)] == ["loaded", "replayed"]
+
+
+def test_links_are_to_parameters_and_buffers():
+    module = torch.nn.Sequential(model())
+    links = Links(module, live_tensors(module))
+    assert not links.changed
+    module[0][1].running_mean = torch.zeros(3)
+    assert links.changed
