@@ -11,6 +11,10 @@ worth on the device: a sync writes that, already cut for this rank and scaled, a
 copied into the slot that vLLM has given to the adapter, now or whenever it gives it one. vLLM's own
 copy on the host, from which it would fill a slot, is left empty.
 
+An adapter is known by its name and vLLM's number for it, under which it comes back. A server
+unloads one without a word to the workers, and the next one of that name has another number: then
+what the one before has received is given up.
+
 What vLLM has cached of earlier prompts (its prefix cache) is keyed by the adapter's name, not by
 its weights, and belongs to the scheduler, which no worker reaches: the trainer's client resets it
 after a sync, or makes a new name or path for each version.
@@ -61,8 +65,8 @@ def adapter_target(model: Any, vllm_config: Any, device: torch.device, name: str
     Raises:
         SessionStateError: the engine was started without `enable_lora=True`, or cuts its layers
             in a way that isn't known here.
-        ArgumentError: no adapter of this name was created, or it was removed; those that were are
-            listed.
+        ArgumentError: no adapter of this name was created, or it was removed by `remove_lora`;
+            those that were created are listed.
         CapacityError: no memory.
     """
     manager = getattr(model, "lora_manager", None)
@@ -92,8 +96,9 @@ def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any
     adapters = _EngineAdapters.of(worker_manager._adapter_manager)
     name, adapter_id = lora_request.lora_name, lora_request.lora_int_id
     # Also where it was loaded from disk at first, and whatever `load_inplace` says, which up to
-    # 0.32 goes with every later request: only removing the adapter goes back to the files.
-    if lora_request.lora_path.startswith(SCHEME) or adapters.is_received(name):
+    # 0.32 goes with every later request: only removing the adapter, or another number, goes back to
+    # the files.
+    if lora_request.lora_path.startswith(SCHEME) or adapters.is_received(name, adapter_id):
         loaded = _empty_model(adapter_id)
     else:
         loaded = original(lora_request)
@@ -130,7 +135,9 @@ class _EngineAdapters:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        self._ids: dict[str, int] = {}
+        # In the order in which they came. The last one is the adapter; those before it were loaded
+        # again under another id, and requests that have waited since may still bring them back.
+        self._ids: dict[str, list[int]] = {}
         self._live: dict[str, LiveAdapter] = {}
         self._targets: dict[str, StagedTarget] = {}
 
@@ -142,32 +149,35 @@ class _EngineAdapters:
             setattr(manager, _ATTRIBUTE, found)
         return found
 
-    def is_received(self, name: str) -> bool:
-        return name in self._live and self._live[name].received
+    def is_received(self, name: str, adapter_id: int) -> bool:
+        live = self._live.get(name)
+        return live is not None and live.received and live.adapter_id == adapter_id
 
     def created(self, name: str, adapter_id: int) -> None:
         """vLLM has loaded an adapter. Its id may be new, and may have been another one's."""
-        self._ids = {n: i for n, i in self._ids.items() if i != adapter_id}
-        self._ids[name] = adapter_id
+        for other in self._named(adapter_id):
+            if other != name:
+                self._drop(other, adapter_id)
+        ids = self._ids.setdefault(name, [])
+        if adapter_id not in ids:
+            self._forget(name)
+            ids.append(adapter_id)
 
     def removed(self, adapter_id: int) -> None:
-        for name in [n for n, i in self._ids.items() if i == adapter_id]:
-            del self._ids[name]
-            self._live.pop(name, None)
-            self._targets.pop(name, None)
+        for name in self._named(adapter_id):
+            self._drop(name, adapter_id)
 
     def activated(self, adapter_id: int) -> None:
-        for name, live in self._live.items():
-            if live.received and self._ids.get(name) == adapter_id:
+        for live in self._live.values():
+            if live.received and live.adapter_id == adapter_id:
                 live.fill(self._slot(adapter_id))
 
     def committed(self, live: LiveAdapter) -> None:
         """Bring what was received to where vLLM has the adapter now."""
-        adapter_id = self._ids.get(live.name)
-        if adapter_id is None:
+        if self._live.get(live.name) is not live:
             return
-        slot = self._slot(adapter_id)
-        registered = self._manager.list_adapters().get(adapter_id)
+        slot = self._slot(live.adapter_id)
+        registered = self._manager.list_adapters().get(live.adapter_id)
         if registered is not None and registered.loras:
             # From disk: neither the slot nor a later one may keep anything of it.
             registered.loras = {}
@@ -184,10 +194,27 @@ class _EngineAdapters:
                 f"LoRARequest({name!r}, 1, lora_path={SCHEME + name!r})"
             )
         if name not in self._targets:
-            live = LiveAdapter(self._manager, name, device, self.committed)
+            live = LiveAdapter(self._manager, name, self._ids[name][-1], device, self.committed)
             self._live[name] = live
             self._targets[name] = StagedTarget(live)
         return self._targets[name]
+
+    def _named(self, adapter_id: int) -> list[str]:
+        return [name for name, ids in self._ids.items() if adapter_id in ids]
+
+    def _drop(self, name: str, adapter_id: int) -> None:
+        """The id isn't this name's any more; if it was the adapter's, there is none of the name."""
+        ids = self._ids[name]
+        if ids[-1] == adapter_id:
+            del self._ids[name]
+            self._forget(name)
+        else:
+            ids.remove(adapter_id)
+
+    def _forget(self, name: str) -> None:
+        """Give up what was received."""
+        self._live.pop(name, None)
+        self._targets.pop(name, None)
 
     def _slot(self, adapter_id: int) -> int | None:
         slots = self._manager.lora_index_to_id
@@ -200,6 +227,7 @@ class LiveAdapter:
     Args:
         manager: vLLM's `LoRAModelManager`.
         name: of the adapter.
+        adapter_id: of the adapter, vLLM's.
         device: of the manager's tensors.
         on_commit: told of each commit, with this adapter.
 
@@ -214,10 +242,12 @@ class LiveAdapter:
         self,
         manager: Any,
         name: str,
+        adapter_id: int,
         device: torch.device,
         on_commit: Callable[[LiveAdapter], None],
     ) -> None:
         self.name = name
+        self.adapter_id = adapter_id
         self.received = False
         """Whether a sync has been committed."""
         self._on_commit = on_commit

@@ -195,13 +195,60 @@ def test_an_adapter_from_disk_is_updated_until_it_is_removed(engine, base, link,
     agree(engine.generate(request), on_disk)
 
 
-def test_a_name_keeps_its_weights_under_a_new_number(engine, base, link):
+@pytest.mark.parametrize("from_disk", [False, True], ids=["without files", "from disk"])
+def test_another_number_is_another_adapter(engine, base, link, tmp_path, from_disk):
+    trainer, number = Trainer(base), 64 if from_disk else 61
+    name, path, begin = f"policy{number}", None, engine.base
+    if from_disk:
+        begin = trainer.randomise(10)
+        trainer.model.save_pretrained(tmp_path)
+        path = str(tmp_path)
+    old, new = (engine.request(name, n, path) for n in (number, number + 1))
+    sender = LoraSender(trainer.model, link[0])
+    engine.generate(old)
+    expected = trainer.randomise(11)
+    succeeded(engine.sync(sender, link[1], name))
+    agree(engine.generate(old), expected)
+    # As after unloading it over HTTP, of which a worker hears nothing, and loading it again.
+    agree(engine.generate(new), begin)
+    expected = trainer.randomise(12)
+    succeeded(engine.sync(sender, link[1], name))
+    agree(engine.generate(new), expected)
+    # A request that has waited all the time brings nothing back, and takes nothing away.
+    engine.generate(engine.request("policy69", 69))
+    assert number not in engine.llm.llm_engine.list_loras()
+    agree(engine.generate(old), begin)
+    agree(engine.generate(new), expected)
+    expected = trainer.randomise(13)
+    succeeded(engine.sync(sender, link[1], name))
+    agree(engine.generate(new), expected)
+    engine.llm.llm_engine.remove_lora(number + 1)
+    with pytest.raises(ArgumentError, match=f"no adapter '{name}'"):
+        engine.target(name)
+
+
+def test_a_number_of_another_name_is_another_adapter(engine, base, link):
     trainer = Trainer(base)
-    engine.generate(engine.request("policy61", 61))
-    expected = trainer.randomise(10)
-    succeeded(engine.sync(LoraSender(trainer.model, link[0]), link[1], "policy61"))
-    agree(engine.generate(engine.request("policy61", 62)), expected)
-    agree(engine.generate(engine.request("policy63", 61)), engine.base)
+    mine = engine.request("policy66", 66)
+    engine.generate(mine)
+    trainer.randomise(14)
+    succeeded(engine.sync(LoraSender(trainer.model, link[0]), link[1], "policy66"))
+    for request in (engine.request("policy63", 66), mine):
+        # Out of vLLM's memory, which else takes it for the one of this number.
+        for number in (67, 68):
+            engine.generate(engine.request(f"policy{number}", number))
+        agree(engine.generate(request), engine.base)
+
+
+def test_a_reload_in_place_keeps_what_was_received(engine, base, link, tmp_path):
+    trainer = Trainer(base)
+    on_disk = trainer.randomise(15)
+    trainer.model.save_pretrained(tmp_path)
+    agree(engine.generate(engine.request("policy65", 70, str(tmp_path))), on_disk)
+    expected = trainer.randomise(16)
+    succeeded(engine.sync(LoraSender(trainer.model, link[0]), link[1], "policy65"))
+    again = engine.request("policy65", 70, str(tmp_path), load_inplace=True)
+    agree(engine.generate(again), expected)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def server(tmp_path_factory):
     options = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules"]
     options += ["policy=packedcomm:policy"]
     path = tmp_path_factory.mktemp("server") / "model"
-    with Server(llama(), path, free_port(), *options, PACKEDCOMM_SECRET=SECRET) as started:
+    environment = {"PACKEDCOMM_SECRET": SECRET, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with Server(llama(), path, free_port(), *options, **environment) as started:
         yield started
 
 
@@ -187,6 +188,31 @@ def test_an_adapter_is_updated_beside_the_models_own_weights(server, trainer, mo
     agree(server.generate(), expected)
     both = Trainer(second)
     agree(server.generate("policy"), both.randomise(2))
+
+
+@pytest.mark.parametrize("from_disk", [False, True], ids=["without files", "from disk"])
+def test_an_adapter_that_is_unloaded_and_loaded_again_begins_anew(
+    server, engine, trainer, models, tmp_path, from_disk
+):
+    session, updater = trainer
+    model, begin = models[0]
+    updater.update(FullWeightSender(model, session))
+    adapted = Trainer(model)
+    name, path = "again", "packedcomm:again"
+    if from_disk:
+        begin = adapted.randomise(3)
+        adapted.model.save_pretrained(tmp_path)
+        name, path = "disk", str(tmp_path)
+    sender = LoraSender(adapted.model, session)
+    for seed in (4, 5):
+        engine._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        agree(server.generate(name), begin)
+        expected = adapted.randomise(seed)
+        updater.update(sender, adapter=name)
+        agree(server.generate(name), expected)
+        engine._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        # Nobody hears of that: the update is taken, and lost.
+        updater.update(sender, adapter=name)
 
 
 @pytest.mark.parametrize(
