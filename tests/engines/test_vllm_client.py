@@ -101,12 +101,12 @@ def test_ten_updates_in_a_row_of_several_servers_with_several_workers(session):
         assert one.version == other.version == "9"
 
 
-def test_kept_requests_have_the_prefix_cache_reset_apart(server, session):
+def test_kept_requests_have_the_caches_reset_apart(server, session):
     updater = connected(server, session, pause_mode="keep")
 
     updater.update(FullWeightSender(weights(3.0), session))
 
-    assert server.came == [CYCLE[0], "reset_prefix_cache", *CYCLE[1:]]
+    assert server.came == [CYCLE[0], "reset_prefix_cache", "reset_encoder_cache", *CYCLE[1:]]
     assert server.queries["reset_prefix_cache"] == {"reset_running_requests": "true"}
 
 

@@ -66,6 +66,32 @@ class OldLlm(Llm):
         self._server._finish_weight_update(None)
 
 
+class Resetting(Llm):
+    """The same with caches; that of the encoder is its engine's."""
+
+    def __init__(self, server: VllmServer) -> None:
+        super().__init__(server)
+        self.reset: list[str] = []
+        self.llm_engine = self
+
+    def reset_prefix_cache(self, reset_running_requests=False):
+        self.reset.append("prefix")
+
+    def reset_mm_cache(self):
+        self.reset.append("mm")
+
+    def reset_encoder_cache(self):
+        self.reset.append("encoder")
+
+
+class PausingActor(Resetting):
+    """Has the methods of an AsyncLLM, which goes on taking requests."""
+
+    def pause_generation(self, mode, clear_cache): ...
+
+    def resume_generation(self): ...
+
+
 class Actor:
     """A Ray handle of an object: `.method.remote(...)`, whose arguments are pickled."""
 
@@ -84,13 +110,17 @@ class Actor:
         return Method
 
 
+def as_actor(llm):
+    return RayEngine(Actor(llm), lambda references: [r() for r in references])
+
+
 @pytest.mark.parametrize(
     ("engine", "version"),
     [
         (LocalEngine, "0"),
         (lambda llm: llm, "0"),
         (lambda llm: LocalEngine(OldLlm(llm._server)), None),
-        (lambda llm: RayEngine(Actor(llm), lambda references: [r() for r in references]), None),
+        (as_actor, None),
     ],
     ids=["local", "bare", "old", "ray"],
 )
@@ -104,11 +134,35 @@ def test_engines_without_http(server, engine, version):
 
 
 @pytest.mark.parametrize(
+    ("kind", "engine", "mode", "reset"),
+    [
+        (Resetting, LocalEngine, "wait", ["prefix", "mm", "encoder"]),
+        (Resetting, LocalEngine, None, ["prefix", "mm", "encoder"]),
+        (Resetting, as_actor, "wait", ["prefix", "mm", "encoder"]),
+        (PausingActor, as_actor, "wait", []),
+        (PausingActor, as_actor, "keep", ["prefix", "encoder"]),
+    ],
+    ids=["local", "local, paused", "actor", "async actor", "async actor, kept"],
+)
+def test_what_an_old_encoder_has_computed_is_forgotten_too(server, kind, engine, mode, reset):
+    llm = kind(server)
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(engine(llm), session, pause_mode=mode)
+        updater.connect()
+        updater.update(FullWeightSender(weights(2.0), session))
+        assert llm.reset == reset
+        EngineUpdater(engine(llm), session, pause_mode=mode, flush=False).update(
+            FullWeightSender(weights(3.0), session)
+        )
+    assert llm.reset == reset
+
+
+@pytest.mark.parametrize(
     "engine",
     [
         lambda server: HttpEngine(server.url, timeout_s=20),
         lambda server: LocalEngine(DraftLlm(server)),
-        lambda server: RayEngine(Actor(DraftLlm(server)), lambda rs: [r() for r in rs]),
+        lambda server: as_actor(DraftLlm(server)),
     ],
     ids=["http", "local", "ray"],
 )

@@ -98,6 +98,9 @@ class VllmServer:
     def _reset_prefix_cache(self, body: Any) -> Any:
         return {"success": True}
 
+    def _reset_encoder_cache(self, body: Any) -> None:
+        pass
+
     def _init_weight_transfer_engine(self, body: Any) -> None:
         self._leave()
         for weights, drafts in zip(self.workers, self.drafts, strict=True):

@@ -121,9 +121,15 @@ class LocalEngine:
         finish_update(self._llm, weight_version)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`."""
-        if hasattr(self._llm, "reset_prefix_cache"):
-            self._llm.reset_prefix_cache()
+        """See `EngineHandle`; also what the encoder of a multimodal model has computed, of which
+        only the LLM's engine has a method."""
+        for owner, method in (
+            (self._llm, "reset_prefix_cache"),
+            (self._llm, "reset_mm_cache"),
+            (getattr(self._llm, "llm_engine", None), "reset_encoder_cache"),
+        ):
+            if hasattr(owner, method):
+                getattr(owner, method)()
 
     def get_world_size(self) -> int | None:
         """See `EngineHandle`."""
@@ -226,8 +232,13 @@ class RayEngine:
         return all(self._call("is_paused", handles=telling)) if telling else None
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`."""
+        """See `EngineHandle`; also what the encoder of a multimodal model has computed, where an
+        actor has `reset_encoder_cache`, as an AsyncLLM does."""
         self._call_where_there("reset_prefix_cache", True)
+        # An AsyncLLM takes requests meanwhile, which would miss in it what they rely on.
+        quiet = [h for h in self._handles if not hasattr(h, "pause_generation")]
+        self._call("reset_mm_cache", handles=[h for h in quiet if hasattr(h, "reset_mm_cache")])
+        self._call_where_there("reset_encoder_cache")
 
     def get_world_size(self) -> int | None:
         """See `EngineHandle`; None if an actor can't tell, as an AsyncLLM can't."""

@@ -99,7 +99,7 @@ class HttpEngine:
         return paused if isinstance(paused, bool) else None
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`.
+        """See `EngineHandle`; also what the encoder of a multimodal model has computed.
 
         Raises:
             RemoteError: the server says that it couldn't, which it does from 0.33 on.
@@ -107,6 +107,8 @@ class HttpEngine:
         answer = self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
         if answer.get("success") is False:
             raise RemoteError(f"{self.base_url}: the prefix cache could not be reset")
+        # Only then: requests that are kept begin anew, and rely on nothing in it.
+        self._call("POST", "/reset_encoder_cache")
 
     def get_world_size(self) -> int:
         """See `EngineHandle`."""
