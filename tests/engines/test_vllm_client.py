@@ -64,6 +64,10 @@ def connected(server: VllmServer, session: SenderSession, **options) -> EngineUp
     return updater
 
 
+def says_committed(error: BaseException) -> bool:
+    return any("committed" in note for note in getattr(error, "__notes__", ()))
+
+
 def assert_holds(server: VllmServer, value: float) -> None:
     for worker in server.workers:
         for name, expected in weights(value).items():
@@ -295,8 +299,10 @@ def test_a_worker_that_dies_in_the_middle(server, session):
 def test_a_finish_that_fails_says_that_it_was_committed_and_is_made_up_for(server, session):
     updater = connected(server, session)
     server.refuse["finish_weight_update"] = (500, "no kernel")
-    with pytest.raises(RemoteError, match="no kernel"):
+    with pytest.raises(RemoteError, match="no kernel") as caught:
         updater.update(FullWeightSender(weights(2.0), session))
+    assert says_committed(caught.value)
+    assert_holds(server, 2.0)
     assert server.came == CYCLE
 
     server.refuse.clear()
@@ -309,12 +315,14 @@ def test_a_finish_that_fails_says_that_it_was_committed_and_is_made_up_for(serve
 def test_a_resume_that_fails_is_raised_and_a_note_of_an_earlier_failure(server, session):
     updater = connected(server, session)
     server.refuse["resume"] = (500, "stuck")
-    with pytest.raises(RemoteError, match="stuck"):
+    with pytest.raises(RemoteError, match="stuck") as caught:
         updater.update(FullWeightSender(weights(2.0), session))
+    assert says_committed(caught.value)
     server.refuse["start_weight_update"] = (500, "first")
     with pytest.raises(RemoteError, match="first") as caught:
         updater.update(FullWeightSender(weights(2.0), session))
     assert any("stuck" in note for note in caught.value.__notes__)
+    assert not says_committed(caught.value)
 
 
 def test_one_engine_of_two_fails(server, session):

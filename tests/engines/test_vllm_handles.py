@@ -196,6 +196,23 @@ def test_draft_models_that_an_engine_cant_update_are_refused_before_it_pauses(se
     assert all(torch.equal(server.workers[0][n], t) for n, t in weights(2.0).items())
 
 
+def test_an_engine_that_fails_after_the_commit_says_so(server):
+    receive = server._update_weights
+
+    def fail(body):
+        receive(body)
+        raise RuntimeError("too late")
+
+    server._update_weights = fail
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(HttpEngine(server.url, timeout_s=20), session)
+        updater.connect()
+        with pytest.raises(RemoteError, match="too late") as caught:
+            updater.update(FullWeightSender(weights(2.0), session))
+    assert any("committed" in note for note in caught.value.__notes__)
+    assert all(torch.equal(server.workers[0][n], t) for n, t in weights(2.0).items())
+
+
 def test_markers_survive_what_vllm_does_to_text():
     for error in (ManifestError("no 'a'\nno 'b'"), RemoteError("[x] y"), PeerLost("")):
         again = unmarked(f"Call to collective_rpc method failed: {marked(error)}")

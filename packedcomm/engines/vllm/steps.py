@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,8 @@ Sent = TypeVar("Sent")
 
 # What a worker needs to give up after it has waited for a sync in vain.
 _MARGIN_S = 5.0
+
+_SENT = "everything had been sent, and committed where there is a commit"
 
 # In the error of vLLM's worker (0.25 to 0.33) when an update was begun and never finished.
 _LEFT_ACTIVE = "already active"
@@ -44,6 +47,7 @@ class UpdateSteps:
         self._seconds = seconds
         # Positions of engines that wait for finish_weight_update.
         self._active: set[int] = set()
+        self._sent = False
         self.begun = False
         """Whether the engines were told to receive."""
 
@@ -110,13 +114,15 @@ class UpdateSteps:
                 failed = error
             finally:
                 ending.close(failed)
-            engine = calls.wait(self._timeout_s + _MARGIN_S)
+            self._sent = failed is None
+            with self._noting():
+                engine = calls.wait(self._timeout_s + _MARGIN_S)
         # vLLM has ended the update itself where it has failed.
         self._active = set(calls.results)
         if failed is None:
             if engine is None:
                 return sent[0]
-            engine.add_note("everything had been sent, and committed where there is a commit")
+            engine.add_note(_SENT)
             raise engine
         if ending.error is not None and str(ending.error) in str(failed):
             raise (engine or ending.error) from failed
@@ -125,13 +131,13 @@ class UpdateSteps:
     def finish(self, version: str | None) -> None:
         """Let the engines process what they have received."""
         self._active = set()
-        with measured(self._seconds, "finish"):
+        with measured(self._seconds, "finish"), self._noting():
             self._all("finish_weight_update", self._engines, lambda e: finish_update(e, version))
 
     def resume(self) -> None:
         """Let the engines go on."""
         able = [engine for engine in self._engines if hasattr(engine, "resume")]
-        with measured(self._seconds, "resume"):
+        with measured(self._seconds, "resume"), self._noting():
             self._all("resume", able, lambda engine: engine.resume())
 
     def clean_up(self, error: BaseException, *, resume: bool) -> None:
@@ -147,6 +153,16 @@ class UpdateSteps:
                 self.resume()
         except PackedCommError as second:
             error.add_note(f"and the engine could not be resumed: {second}")
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What fails here has the note that everything was sent, if it was."""
+        try:
+            yield
+        except BaseException as error:
+            if self._sent:
+                error.add_note(_SENT)
+            raise
 
     def _all(self, what: str, engines: list[Any], call: Any) -> None:
         call_all(what, engines, call, self._timeout_s)
