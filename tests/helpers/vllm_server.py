@@ -40,6 +40,8 @@ class VllmServer:
         self.headers: dict[str, str] = {}
         self.paused = False
         self.active = False
+        self.receiving = 0
+        """How many requests are inside of update_weights."""
         self.version: str | None = None
         self.receivers: list[WeightReceiver] = []
         self._draft_receivers: list[WeightReceiver] = []
@@ -125,6 +127,7 @@ class VllmServer:
             raise RuntimeError("start_weight_update must be called before update_weights.")
         info = body["update_info"]
         timeout_s, since = info["timeout_s"], info["since"]
+        self.receiving += 1
         try:
             if self.receivers and self.receivers[0].session.epoch != info["epoch"]:
                 _as_worker(self._refuse_stranger)
@@ -138,6 +141,8 @@ class VllmServer:
         except Exception:
             self.active = False
             raise
+        finally:
+            self.receiving -= 1
 
     def _refuse_stranger(self) -> None:
         raise SessionStateError("another trainer has connected this engine")
@@ -146,6 +151,8 @@ class VllmServer:
         if not self.active:
             raise RuntimeError("finish_weight_update called without a matching start")
         self.active = False
+        self.receiving = 0
+        """How many requests are inside of update_weights."""
         self.version = (body or {}).get("weight_version")
 
     def _leave(self) -> None:

@@ -19,6 +19,9 @@ Sent = TypeVar("Sent")
 # What a worker needs to give up after it has waited for a sync in vain.
 _MARGIN_S = 5.0
 
+# How long engines may take to come back when the caller is interrupted: somebody wants to get out.
+_INTERRUPTED_S = 10.0
+
 _SENT = "everything had been sent, and committed where there is a commit"
 
 # In the error of vLLM's worker (0.25 to 0.33) when an update was begun and never finished.
@@ -98,8 +101,10 @@ class UpdateSteps:
 
         Raises:
             PackedCommError: see `EngineUpdater.update`.
+            BaseException: what has interrupted `send`. The engines' calls have ended then, or a
+                note says which haven't.
         """
-        failed: Exception | None = None
+        failed: BaseException | None = None
         sent: list[Sent] = []
         with measured(self._seconds, "update"):
             # Until it is known how the calls end, there is nothing to finish.
@@ -110,13 +115,14 @@ class UpdateSteps:
             self.begun = True
             try:
                 sent.append(send())
-            except Exception as error:  # noqa: BLE001 - raised below, with what the engines say
+            except BaseException as error:  # noqa: BLE001 - raised below, and engines must hear it
                 failed = error
             finally:
                 ending.close(failed)
             self._sent = failed is None
+            interrupted = failed is not None and not isinstance(failed, Exception)
             with self._noting():
-                engine = calls.wait(self._timeout_s + _MARGIN_S)
+                engine = calls.wait(_INTERRUPTED_S if interrupted else self._timeout_s + _MARGIN_S)
         # vLLM has ended the update itself where it has failed.
         self._active = set(calls.results)
         if failed is None:
@@ -124,6 +130,10 @@ class UpdateSteps:
                 return sent[0]
             engine.add_note(_SENT)
             raise engine
+        if interrupted:
+            if not calls.done:
+                failed.add_note(f"and an engine hasn't come back: {engine}")
+            raise failed
         if ending.error is not None and str(ending.error) in str(failed):
             raise (engine or ending.error) from failed
         raise failed if engine is None else decisive(failed, engine)
@@ -143,6 +153,8 @@ class UpdateSteps:
     def clean_up(self, error: BaseException, *, resume: bool) -> None:
         """After a failure: end the update where vLLM is in the middle of it, and go on. What fails
         here becomes a note of the error."""
+        if not isinstance(error, Exception):
+            self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         active = [self._engines[index] for index in sorted(self._active)]
         try:
             self._all("finish_weight_update", active, lambda e: finish_update(e, None))
