@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from packedcomm import TensorTarget
@@ -41,6 +43,13 @@ def test_every_version_arrives_bit_exact(make_target, verify):
     ids=lambda scenario: scenario.__name__,
 )
 def test_scenarios_of_the_cpu_hold_on_gpus(scenario):
+    run_ranks(scenario, 2, "nccl", syncs.Meeting(2))
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
+def test_a_graph_that_was_captured_before_sees_what_is_synced(staged):
+    scenario = partial(sync_values.captured_weights, staged=staged)
     run_ranks(scenario, 2, "nccl", syncs.Meeting(2))
 
 

@@ -167,3 +167,28 @@ def rewritten_right_after_the_sync(
             assert receiver.receive() is not None
             assert all(bool((t == step).all()) for t in weights.values())
         assert receiver.receive() is None
+
+
+def captured_weights(
+    rank: int, world_size: int, backend: str, meeting: Meeting, *, staged: bool
+) -> None:
+    """A CUDA graph that was captured over the destinations sees every sync."""
+    device = device_of(backend, rank)
+    weights = {"large": torch.zeros(1 << 20, device=device), "small": torch.zeros(9, device=device)}
+    with meeting.session(backend, rank, world_size) as session:
+        if rank == 0:
+            sender = FullWeightSender(weights, session, verify=True)
+            for step in range(1, 5):
+                for tensor in weights.values():
+                    tensor.fill_(step)
+                sender.sync()
+            return
+        target = TensorTarget(weights)
+        receiver = WeightReceiver(StagedTarget(target) if staged else target, session)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = sum(tensor.sum() for tensor in weights.values())
+        for step in range(1, 5):
+            assert receiver.receive() is not None
+            graph.replay()
+            assert answer.item() == step * ((1 << 20) + 9)

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from packedcomm import FullWeightSender, LoraSender, ModuleSource
 from packedcomm.engines.vllm import OLDEST, register
 from packedcomm.engines.vllm.client import LocalEngine
@@ -26,6 +28,7 @@ from packedcomm.errors import (
 )
 from tests.helpers.interrupted import Interrupted
 from tests.helpers.vllm_adapters import (
+    COMMON,
     ENGINE,
     TRAINER,
     Trainer,
@@ -426,6 +429,32 @@ def test_an_engine_that_sleeps_is_updated_when_it_is_awake(tmp_path, models):
                 updater.update(FullWeightSender(model, session))
                 agree(engine.generate(), expected)
             assert engine.statuses()[0]["way"] == "replayed"
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(ENGINE.type == "cpu", reason="the CPU build can't sleep")
+def test_an_engine_that_has_lost_its_weights_gets_its_padding_too(tmp_path):
+    models = []
+    for seed in range(1, 7):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**COMMON | {"vocab_size": 500})).to(TRAINER)
+        models.append(changed(model, seed))
+    engine = SyncedEngine(models[0], tmp_path, enable_sleep_mode=True)
+    try:
+        with trainer_of(engine.llm) as (session, updater):
+            ways = []
+            for turn, model in enumerate(models):
+                if turn in (3, 5):
+                    engine.llm.sleep(level=2)
+                    engine.llm.wake_up()
+                updater.update(FullWeightSender(model, session))
+                agree(engine.generate(), generated(model))
+                ways.append(engine.statuses()[0]["way"])
+            assert ways == ["recorded", "proved", "replayed", "loaded", "replayed", "loaded"]
+            embeddings = engine.model.get_submodule("model.embed_tokens").weight
+            assert embeddings.shape[0] > 500
+            assert not embeddings[500:].any()
     finally:
         engine.close()
 
