@@ -186,7 +186,7 @@ def captured_weights(
         target = TensorTarget(weights)
         receiver = WeightReceiver(StagedTarget(target) if staged else target, session)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph):
             answer = sum(tensor.sum() for tensor in weights.values())
         for step in range(1, 5):
             assert receiver.receive() is not None
