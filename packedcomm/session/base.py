@@ -1,16 +1,14 @@
-"""What both ends of a session have in common: their state, their supervisor, and their end."""
+"""What both ends of a session have in common: their state, and their supervisor."""
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import os
 import socket
 import threading
 import time
-import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 
@@ -25,15 +23,13 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.planning.chunks import WireFormat
-from packedcomm.session.flight import FlightRecord, write_json
-from packedcomm.session.messages import Beat, Close, Message, Transport
-from packedcomm.session.phases import Phase, Phases
-from packedcomm.session.receiver_channel import ReceiverChannel
-from packedcomm.session.sender_channel import SenderChannel
+from packedcomm.session.ending import Ending
+from packedcomm.session.flight import write_json
+from packedcomm.session.messages import Beat, Transport
+from packedcomm.session.phases import Phase
 from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.session.supervisor import Supervisor
 from packedcomm.settings import Settings
-from packedcomm.transports.slots import release_buffers
 
 __all__ = ["SCHEMA_VERSION", "SessionEnd"]
 
@@ -46,7 +42,7 @@ _ASLEEP_S = 1.0
 _WORTH_A_RECORD = (ContextLost, DeadlineExceeded, PeerLost, RendezvousTimeout)
 
 
-class SessionEnd(abc.ABC):
+class SessionEnd(Ending):
     """One end of a session.
 
     Belongs to one thread at a time; `abort`, `failure`, `state` and `describe` are for any. A
@@ -63,8 +59,6 @@ class SessionEnd(abc.ABC):
     """The sender and all receivers of the present communicator; before the first one, those that
     are expected."""
 
-    device: torch.device
-    settings: Settings
     wire_format: WireFormat
 
     buffer_size_bytes: int
@@ -79,28 +73,17 @@ class SessionEnd(abc.ABC):
     chunk: int
     """Chunks of the present transfer that were handed to the communicator, for messages."""
 
-    _role: ClassVar[str]
-
     def __init__(self, settings: Settings, device: torch.device) -> None:
         """Use `Session.listen` or `Session.connect`."""
-        self.settings = settings
-        self.device = device
+        super().__init__(settings, device)
         self.epoch = ""
         self.generation = 0
         self.chunk = 0
-        self.flight = FlightRecord(settings)
-        self.phases = Phases(self._role, self.flight)
-        self._channel: SenderChannel | ReceiverChannel
-        self._communicator: Communicator | None = None
         self._transport: Transport | None = None
-        self._ended: str | None = None
-        self._ending = threading.RLock()
-        self._closed = False
         # Held by whichever thread takes what has come, so that the order of messages is kept.
         self._pumping = threading.Lock()
         self._last_look = time.monotonic()
         self._next_beat = 0.0
-        self._supervisor: Supervisor | None = None
 
     @property
     def state(self) -> SyncState:
@@ -143,12 +126,8 @@ class SessionEnd(abc.ABC):
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
         """Wait for at most 50 ms, and sort what has come. `_pumping` is held."""
 
-    @abc.abstractmethod
-    def _say_to_all(self, message: Message) -> None:
-        """Say something that isn't answered to whoever is still there; never raises."""
-
-    def _check_silence(self) -> None:  # noqa: B027  (a receiver looks whenever it waits)
-        """Give up peers that haven't been heard for too long."""
+    def _check_silence(self) -> None:
+        """Give up peers that haven't been heard for too long; a receiver looks when it waits."""
 
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:
@@ -159,8 +138,8 @@ class SessionEnd(abc.ABC):
         thread that may be blocked; whether it was."""
         return self.phases.interrupt(phase, error)
 
-    def _give_up_silent_peers(self, error: PackedCommError) -> None:  # noqa: B027  (the sender's)
-        """A deadline has passed: whoever hasn't been heard lately is the reason."""
+    def _give_up_silent_peers(self, error: PackedCommError) -> None:
+        """A deadline has passed: whoever hasn't been heard lately is the sender's reason."""
 
     @abc.abstractmethod
     def _peers(self) -> list[dict[str, Any]]:
@@ -231,25 +210,6 @@ class SessionEnd(abc.ABC):
             waited_for = ", ".join(str(peer["name"]) for peer in self._waited_for())
             self._say_to_all(Beat(str(self.state), waited_for[:200]))
 
-    def drop_communicator(self, reason: str, *, in_order: bool = False) -> None:
-        """Give the communicator up, with its buffers; the next sync connects another. Where it is
-        idle, `in_order`, nothing is aborted. Then nothing of it touches any tensor any more.
-
-        Raises:
-            ContextLost: it can't be given up: this process must restart.
-        """
-        with self._ending:
-            communicator, self._communicator = self._communicator, None
-        if communicator is None:
-            return
-        self.flight.note("communicator given up", reason=reason[:500])
-        try:
-            if not in_order:
-                communicator.abort(reason)
-        finally:
-            communicator.close()
-            release_buffers(communicator)
-
     def record_failure(self, error: BaseException) -> None:
         """Write the flight record of a sync that has failed, and say in the error where it is.
 
@@ -274,44 +234,6 @@ class SessionEnd(abc.ABC):
             "chunk": self.chunk,
             "peers": self._peers(),
         }
-
-    def abort(self, reason: str) -> None:
-        """End the session now, and tell the other side; may be called from any thread.
-
-        What is under way and what is called later raises `SessionStateError` with the reason here.
-        `close` still has to be called.
-        """
-        with self._ending:
-            if self._ended is not None:
-                return
-            self._ended = f"aborted: {reason}"
-        self._enter_end(SyncState.FAILED)
-        self._say_to_all(Close(f"aborted: {reason}"[:4000], in_order=False))
-        if (communicator := self._communicator) is not None:
-            communicator.abort(reason)
-
-    def close(self) -> None:
-        """Leave the session, tell the other side, and release everything. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        with self._ending:
-            in_order = self._ended is None
-            self._ended = self._ended or "the session is closed"
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._channel.close)
-            # NCCL's order would be to wait for other ranks, which may not be about to close.
-            quiet = self.device.type != "cuda"
-            stack.callback(self.drop_communicator, "the session is closed", in_order=quiet)
-            if self._supervisor is not None:
-                self._supervisor.stop(self.settings.close_timeout_s)
-            if in_order:
-                self._enter_end(SyncState.CLOSED)
-                self._say_to_all(Close("closed"))
-
-    def _enter_end(self, state: SyncState) -> None:
-        with contextlib.suppress(SessionStateError):
-            self.phases.enter(state)
 
     def _warm_up(self, communicator: Communicator, deadline: float) -> Communicator:
         """Let NCCL open its connections now, which it otherwise does in the first broadcast, where
@@ -345,10 +267,6 @@ class SessionEnd(abc.ABC):
         if failed is not None:
             raise failed
 
-    def _check_open(self, operation: str) -> None:
-        if self._ended is not None:
-            raise SessionStateError(f"{operation} on {self._role}: {self._ended}")
-
     def describe(self) -> dict[str, Any]:
         """What others may want to know of the session, as JSON values; never the secret.
 
@@ -377,19 +295,6 @@ class SessionEnd(abc.ABC):
             OSError: the file can't be written.
         """
         write_json(Path(path), self.describe())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None:
-            # Receivers that wait for data must not wait for this end to close in order.
-            self.abort(f"{type(error).__name__}: {error}"[:1000])
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
     def __repr__(self) -> str:
         state = "" if self._ended is None else f", ended: {self._ended}"

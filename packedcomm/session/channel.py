@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -33,6 +33,9 @@ LINGER_MS = 1000
 SPIN_S = 0.0005
 SPINS = len(os.sched_getaffinity(0)) >= 8
 
+# Each channel has a context of its own, so one name does for all monitors.
+MONITOR = "inproc://monitor"
+
 # As plain numbers: the enumerations of pyzmq cost a microsecond per use.
 EVENTS = int(zmq.EVENTS)
 READABLE = int(zmq.POLLIN)
@@ -49,6 +52,9 @@ KEEPALIVE = {"TCP_KEEPALIVE": 1, "TCP_KEEPALIVE_IDLE": 15, "TCP_KEEPALIVE_INTVL"
 
 class Channel:
     """A context, a socket, its monitor, and one lock for them."""
+
+    _monitored: ClassVar[int]
+    """What of connections the monitor tells."""
 
     def __init__(self, kind: int, settings: Settings) -> None:
         """Make the socket; binding or connecting it follows."""
@@ -68,19 +74,17 @@ class Channel:
         }
         for name, value in options.items():
             self._socket.setsockopt(getattr(zmq, name), value)
-        self._monitor: Any = self._socket.get_monitor_socket(
-            zmq.EVENT_ACCEPTED
-            | zmq.EVENT_HANDSHAKE_SUCCEEDED
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_DISCONNECTED
-        )
+        self._socket.monitor(MONITOR, self._monitored)
+        self._monitor: Any = self._context.socket(zmq.PAIR)
+        # Without a limit. Strangers could fill any other, and ZeroMQ's thread would then wait until
+        # somebody reads, with a lock that `close` needs.
+        self._monitor.setsockopt(zmq.RCVHWM, 0)
+        self._monitor.connect(MONITOR)
         # What is done in this order before the context ends. A socket must never be collected
         # together with its context, whose end would wait for it for ever: they are held from here
         # until `close`, or until nobody has the channel any more.
         self._endings: list[Callable[[], object]] = [
-            self._socket.disable_monitor,
+            partial(self._socket.monitor, None, 0),
             partial(self._monitor.close, 0),
             self._socket.close,
         ]
@@ -115,6 +119,10 @@ class Channel:
             message = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             events.append((int(message["event"]), int(message["value"])))
         return events
+
+    def hang_up(self) -> None:
+        """Send what is on its way, and end every connection that others have made; a receiver has
+        none of these. Idempotent."""
 
     def _check_open(self) -> None:
         if self._closed:

@@ -27,6 +27,14 @@ class ReceiverChannel(Channel):
     Every method takes the channel for at most 50 ms at a time and may be called from any thread.
     """
 
+    _monitored = int(
+        zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_DISCONNECTED
+    )
+
     def __init__(
         self, address: str, secret: str | None, settings: Settings, deadline: float
     ) -> None:

@@ -129,10 +129,7 @@ class SenderSession(Dialogue):
                 self._begin(receivers or self._first)
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
-                self._say_to_all(Close(reason[:4000], in_order=False))
-                with self._ending:
-                    self._ended = self._ended or reason
-                self._enter_end(SyncState.FAILED)
+                self._end(SyncState.FAILED, reason, Close(reason[:4000], in_order=False))
                 raise
         self.assemble()
         if receivers is not None and len(self.members.present) < receivers:

@@ -30,6 +30,8 @@ class SenderChannel(Channel):
     Every method takes the channel for at most 50 ms at a time and may be called from any thread.
     """
 
+    _monitored = int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+
     def __init__(self, address: str, secret: str | None, settings: Settings) -> None:
         """Bind and listen.
 
@@ -68,6 +70,11 @@ class SenderChannel(Channel):
         # and listen on every interface for some spellings of an address.
         self._socket.setsockopt(zmq.USE_FD, listener.detach())
         self._socket.bind(f"tcp://{self.address}")
+
+    def hang_up(self) -> None:
+        """Send what is on its way, end every connection and stop listening. Idempotent."""
+        with self._lock, contextlib.suppress(zmq.ZMQError):
+            self._socket.unbind(self._socket.getsockopt(zmq.LAST_ENDPOINT))
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         """Hand a frame over to be sent.

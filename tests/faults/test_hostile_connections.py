@@ -7,6 +7,8 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -101,6 +103,46 @@ def test_a_thousand_strangers_during_a_sync_change_nothing_and_keep_no_descripto
         new = group.sync(value + 2)
         assert [peer.outcome().checksum for peer in group.peers] == [new] * 3
         assert late in group.peers
+
+
+# In a process of its own: what hangs in ZeroMQ holds the interpreter.
+FLOODED = """
+import socket, sys
+from packedcomm import Session
+
+way = sys.argv[1]
+session = Session.listen("127.0.0.1:0", receivers=1, device="cpu", secret="x" * 32)
+host, _, port = session.address.rpartition(":")
+
+def flood(*_, **__):
+    for number in range(3000):
+        try:
+            socket.create_connection((host, int(port)), timeout=20).close()
+        except ConnectionRefusedError:
+            return print("refused", end=" ")
+
+if way == "before":
+    session._supervisor.stop(5)
+    flood()
+elif way == "during":
+    session.drop_communicator = flood
+else:
+    session.abort("enough")
+    flood()
+session.close()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [("before", "closed"), ("during", "refused closed"), ("after abort", "refused closed")],
+)
+def test_strangers_do_not_keep_a_session_from_closing(way, said):
+    command = [sys.executable, "-c", FLOODED, way]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert ended.stdout.strip() == said, ended.stderr
 
 
 @pytest.mark.fault(29)
