@@ -287,7 +287,8 @@ class WeightReceiver:
                 # its answer.
                 logger.debug("skipped %s", type(message).__name__)
         except PeerLost:
-            self._end_as(SyncState.FAILED)
+            if not session.lasts:  # else another receiver was lost
+                self._end_as(SyncState.FAILED)
             raise
 
     def _take(self, message: Message) -> SyncResult | None:

@@ -165,7 +165,8 @@ class FullWeightSender:
 
         Raises:
             SessionStateError: there is no such version: nothing was sent yet, or the last sync
-                failed, or a receiver doesn't have it.
+                failed.
+            RemoteError: a receiver doesn't have it.
             As `sync`.
         """
         begin = time.perf_counter()

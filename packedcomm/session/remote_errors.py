@@ -6,13 +6,27 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from packedcomm import errors
-from packedcomm.errors import PackedCommError, PeerLost, RemoteError, listed
+from packedcomm.errors import (
+    ContextLost,
+    PackedCommError,
+    PeerLost,
+    RemoteError,
+    SessionStateError,
+    listed,
+)
 from packedcomm.session.messages import Cancel, Failure, Refused
 
 __all__ = ["combined", "described", "remote_error"]
 
 MAX_TEXT = 16_384
 MAX_TRACEBACK = 65_536
+
+# Errors that mean the end of the process or the object that raises them, so that whoever hears of
+# them must not take them for its own.
+_OF_ONE_PROCESS: dict[type[PackedCommError], type[PackedCommError]] = {
+    ContextLost: PeerLost,
+    SessionStateError: RemoteError,
+}
 
 
 def described(error: BaseException) -> tuple[str, str, str]:
@@ -38,13 +52,18 @@ def remote_error(said: Failure | Cancel | Refused, who: str) -> PackedCommError:
         who: the process, put before the text.
 
     Returns:
-        An error of the same class where it is one of packedcomm's, else a `RemoteError`. Its cause
-        is a `RemoteError` with the other side's traceback, where that came.
+        An error of the same class where it is one of packedcomm's, else a `RemoteError`. What
+        speaks of that process's own end is `PeerLost`, or `RemoteError` for an object's state. Its
+        cause is a `RemoteError` with the other side's traceback, where that came.
     """
-    text = f"{who}: {said.text}"
     found = getattr(errors, said.kind, None) if said.kind in errors.__all__ else None
     is_error = isinstance(found, type) and issubclass(found, PackedCommError)
-    error: PackedCommError = found(text) if is_error and found else RemoteError(text)
+    kind: type[PackedCommError] = found if is_error and found else RemoteError
+    text = f"{who}: {said.text}"
+    if kind in _OF_ONE_PROCESS:
+        text = f"{who}: {said.kind}: {said.text}"
+        kind = _OF_ONE_PROCESS[kind]
+    error = kind(text)
     if not isinstance(said, Refused) and said.traceback:
         error.__cause__ = RemoteError(f"traceback of {who}:\n{said.traceback}")
     return error
