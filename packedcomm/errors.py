@@ -32,6 +32,8 @@ __all__ = [
     "TensorError",
     "VersionMismatch",
     "listed",
+    "summary",
+    "text_of",
 ]
 
 
@@ -128,3 +130,16 @@ def listed(problems: Sequence[str]) -> str:
     """Problems as one message: the first ten, and how many more there are."""
     more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     return "; ".join(problems[:_LISTED]) + more
+
+
+def text_of(error: BaseException) -> str:
+    """An error's text, also of one whose `__str__` raises: whatever it is, it must be told."""
+    try:
+        return str(error)
+    except Exception as failed:  # noqa: BLE001  (it may raise anything)
+        return f"(its text can't be made: {type(failed).__name__})"
+
+
+def summary(error: BaseException) -> str:
+    """Class and text of an error."""
+    return f"{type(error).__name__}: {text_of(error)}"

@@ -11,7 +11,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.endpoints import Target, TargetChooser, is_target
-from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError
+from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError, summary
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
@@ -155,7 +155,7 @@ class Following:
                     if session.untouched:
                         self._torn = set(self._torn_before)
                     # Not used again: only the sender knows whether every rank has come to its end.
-                    session.drop_communicator(f"{type(error).__name__}: {error}")
+                    session.drop_communicator(summary(error))
             except ContextLost as lost:
                 session.fail(lost, ended=True)
                 raise lost from error

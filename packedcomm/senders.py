@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from packedcomm.copying import Part
-from packedcomm.errors import ArgumentError, RemoteError, SessionStateError
+from packedcomm.errors import ArgumentError, RemoteError, SessionStateError, summary
 from packedcomm.leading import Leading
 from packedcomm.policy import SyncPolicy
 from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
@@ -233,7 +233,7 @@ class FullWeightSender:
                 for _ in gathered:
                     pass
             with contextlib.suppress(Exception):
-                self.source.share(f"{type(error).__name__}: {error}")
+                self.source.share(summary(error))
             raise
         self.source.share(None)
 

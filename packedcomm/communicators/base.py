@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from packedcomm.copying import as_tensor, describe_tensors
-from packedcomm.errors import ArgumentError, SessionStateError, TensorError
+from packedcomm.errors import ArgumentError, SessionStateError, TensorError, summary
 from packedcomm.settings import MOST_SECONDS
 
 __all__ = ["Communicator", "Operands", "Pending", "check_rank", "check_timeout", "contiguous_bytes"]
@@ -185,7 +185,7 @@ class Communicator(abc.ABC):
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            self.abort(f"{type(error).__name__}: {error}")
+            self.abort(summary(error))
         self.close()
 
     def _check_peer(self, operation: str, argument: str, peer: int) -> None:

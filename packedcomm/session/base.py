@@ -21,6 +21,7 @@ from packedcomm.errors import (
     PeerLost,
     RendezvousTimeout,
     SessionStateError,
+    summary,
 )
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session.ending import Ending
@@ -244,7 +245,7 @@ class SessionEnd(Ending):
                 remaining = max(0.1, deadline - time.monotonic())
                 wait_for_device(self.device, remaining, self.failure, "NCCL's first broadcast")
             except BaseException as error:
-                communicator.abort(f"{type(error).__name__}: {error}")
+                communicator.abort(summary(error))
                 communicator.close()
                 raise
         return communicator

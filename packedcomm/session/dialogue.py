@@ -16,6 +16,7 @@ from packedcomm.errors import (
     DeadlineExceeded,
     PackedCommError,
     ProtocolError,
+    text_of,
 )
 from packedcomm.session.base import SessionEnd
 from packedcomm.session.frames import decode, encode
@@ -241,7 +242,7 @@ class Dialogue(SessionEnd):
     def _note_reported(self, error: BaseException) -> None:
         """The caller gets to know of everybody whom this error names."""
         for member in self.members:
-            if member.lost is not None and str(member.lost) in str(error):
+            if member.lost is not None and str(member.lost) in text_of(error):
                 member.reported = True
 
     def _members(self, ranks: Container[int] | None) -> list[Member]:

@@ -11,11 +11,12 @@ from typing import ClassVar, Self
 import torch
 
 from packedcomm.communicators import Communicator
-from packedcomm.errors import SessionStateError
+from packedcomm.errors import SessionStateError, summary
 from packedcomm.session.flight import FlightRecord
 from packedcomm.session.messages import Close, Message
 from packedcomm.session.phases import Phases
 from packedcomm.session.receiver_channel import ReceiverChannel
+from packedcomm.session.remote_errors import valid_text
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState
 from packedcomm.session.supervisor import Supervisor
@@ -74,8 +75,7 @@ class Ending(abc.ABC):
         What is under way and what is called later raises `SessionStateError` with the reason here.
         `close` still has to be called.
         """
-        last_word = Close(f"aborted: {reason}"[:4000], in_order=False)
-        if not self._end(SyncState.FAILED, f"aborted: {reason}", last_word):
+        if not self._end(SyncState.FAILED, f"aborted: {reason}", in_order=False):
             return
         if (communicator := self._communicator) is not None:
             communicator.abort(reason)
@@ -90,11 +90,11 @@ class Ending(abc.ABC):
             # NCCL's order would be to wait for other ranks, which may not be about to close.
             quiet = self.device.type != "cuda"
             stack.callback(self.drop_communicator, "the session is closed", in_order=quiet)
-            self._end(SyncState.CLOSED, "the session is closed", Close("closed"))
+            self._end(SyncState.CLOSED, "the session is closed", in_order=True)
             if self._supervisor is not None:
                 self._supervisor.stop(self.settings.close_timeout_s)
 
-    def _end(self, state: SyncState, reason: str, last_word: Close) -> bool:
+    def _end(self, state: SyncState, reason: str, *, in_order: bool) -> bool:
         """Mark this end as over, unless it is already, and say so; whether it wasn't.
 
         Nobody reads the channel from then on, so strangers must not be able to fill it.
@@ -105,7 +105,7 @@ class Ending(abc.ABC):
             self._ended = reason
         with contextlib.suppress(SessionStateError):
             self.phases.enter(state)
-        self._say_to_all(last_word)
+        self._say_to_all(Close("closed" if in_order else valid_text(reason), in_order))
         self._channel.hang_up()
         return True
 
@@ -117,10 +117,12 @@ class Ending(abc.ABC):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None:
-            # Receivers that wait for data must not wait for this end to close in order.
-            self.abort(f"{type(error).__name__}: {error}"[:1000])
-        self.close()
+        try:
+            if error is not None:
+                # Receivers that wait for data must not wait for this end to close in order.
+                self.abort(summary(error)[:1000])
+        finally:
+            self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packedcomm.errors import text_of
 from packedcomm.settings import Settings
 
 __all__ = ["FLIGHT_SCHEMA_VERSION", "FlightRecord", "write_json"]
@@ -66,7 +67,7 @@ class FlightRecord:
             "schema_version": FLIGHT_SCHEMA_VERSION,
             "written": time.time(),
             **facts,
-            "error": {"kind": type(error).__name__, "text": str(error)[:_MOST_TEXT]},
+            "error": {"kind": type(error).__name__, "text": text_of(error)[:_MOST_TEXT]},
             "waiting_for": list(waiting_for),
             "events": events,
         }

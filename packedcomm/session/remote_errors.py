@@ -13,11 +13,15 @@ from packedcomm.errors import (
     RemoteError,
     SessionStateError,
     listed,
+    summary,
+    text_of,
 )
 from packedcomm.session.messages import Cancel, Failure, Refused
 
-__all__ = ["combined", "described", "remote_error"]
+__all__ = ["combined", "described", "remote_error", "valid_text"]
 
+# In bytes of UTF-8, as messages count them.
+MAX_KIND = 64
 MAX_TEXT = 16_384
 MAX_TRACEBACK = 65_536
 
@@ -35,13 +39,18 @@ def described(error: BaseException) -> tuple[str, str, str]:
     An error of another library keeps its class name in the text: only packedcomm's classes are made
     again on the other side.
     """
-    kind = type(error).__name__
-    text = str(error)
-    if not isinstance(error, PackedCommError):
-        text = f"{kind}: {text}"
-        kind = RemoteError.__name__
-    lines = "".join(traceback.format_exception(error))
-    return kind[:64], _valid(text[:MAX_TEXT]), _valid(lines[-MAX_TRACEBACK:])
+    ours = isinstance(error, PackedCommError)
+    kind = type(error).__name__ if ours else RemoteError.__name__
+    text = text_of(error) if ours else summary(error)
+    lines = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace")
+    end = lines[-MAX_TRACEBACK:].decode("utf-8", "ignore")
+    return valid_text(kind, MAX_KIND), valid_text(text), end
+
+
+def valid_text(text: str, most_bytes: int = MAX_TEXT) -> str:
+    """A text as a message may hold it: file names may have bytes that are no text, and what
+    replaces them is longer."""
+    return text.encode("utf-8", "backslashreplace")[:most_bytes].decode("utf-8", "ignore")
 
 
 def remote_error(said: Failure | Cancel | Refused, who: str) -> PackedCommError:
@@ -84,8 +93,3 @@ def combined(failures: Mapping[int, PackedCommError]) -> PackedCommError:
     if causes:
         error.__cause__ = RemoteError("\n".join(causes))
     return error
-
-
-def _valid(text: str) -> str:
-    # File names in messages may hold bytes that are no text.
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -16,7 +16,7 @@ from packedcomm.communicators import (
     NcclCommunicator,
 )
 from packedcomm.communicators.listener import Address, closing_on_error
-from packedcomm.errors import CapacityError, PackedCommError, PeerLost, RendezvousTimeout
+from packedcomm.errors import CapacityError, PackedCommError, PeerLost, RendezvousTimeout, summary
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import agreement
 from packedcomm.session.dialogue import Dialogue
@@ -34,7 +34,7 @@ from packedcomm.session.messages import (
     Welcome,
 )
 from packedcomm.session.phases import deadline_after
-from packedcomm.session.remote_errors import combined
+from packedcomm.session.remote_errors import combined, valid_text
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.session.states import SyncState
 from packedcomm.settings import Settings
@@ -128,8 +128,7 @@ class SenderSession(Dialogue):
             try:
                 self._begin(receivers or self._first)
             except BaseException as error:
-                reason = f"{type(error).__name__}: {error}"
-                self._end(SyncState.FAILED, reason, Close(reason[:4000], in_order=False))
+                self._end(SyncState.FAILED, summary(error), in_order=False)
                 raise
         self.assemble()
         if receivers is not None and len(self.members.present) < receivers:
@@ -173,7 +172,7 @@ class SenderSession(Dialogue):
         gone = self.members.take_out_gone()
         for member in gone:
             # One that was only stopped learns it when it wakes up.
-            farewell = Close(f"it goes on without this receiver: {member.lost}"[:4000], False)
+            farewell = Close(valid_text(f"it goes on without this receiver: {member.lost}"), False)
             self._channel.send(member.peer, encode(farewell, 0, self.settings))
             logger.warning("%s: goes on without %s: %s", self.epoch[:8], member.name, member.lost)
         if len(self.members.connected) + 1 != self.world_size:
@@ -285,7 +284,7 @@ class SenderSession(Dialogue):
         self.record_failure(error)
         self._note_reported(error)
         if transport_too:
-            self.drop_communicator(f"{type(error).__name__}: {error}")
+            self.drop_communicator(summary(error))
         self.phases.rest()
 
     def _first_wait(self) -> None:

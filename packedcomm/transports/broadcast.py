@@ -22,6 +22,7 @@ from packedcomm.errors import (
     ContextLost,
     CudaError,
     ManifestError,
+    summary,
 )
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, TensorSpec
@@ -215,7 +216,7 @@ def abort_on_failure(group: Any, operation: str) -> Iterator[None]:
         if isinstance(group, Communicator):
             # Peers are in the middle of the same transfer; this is what tells them.
             try:
-                group.abort(f"{operation} failed: {type(error).__name__}: {error}")
+                group.abort(f"{operation} failed: {summary(error)}")
             except ContextLost as lost:
                 error.add_note(f"and the communicator could not be aborted: {lost}")
         raise

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from packedcomm import FullWeightSender, StagedTarget, TensorTarget, WeightReceiver
+from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, WeightReceiver
 from packedcomm.communicators import GlooCommunicator
 from packedcomm.errors import (
     CapacityError,
@@ -20,7 +20,7 @@ from packedcomm.errors import (
 )
 from packedcomm.session.messages import Failure, Proceed
 from packedcomm.session.remote_errors import described, remote_error
-from tests.helpers.in_process import sessions
+from tests.helpers.in_process import Round, sessions
 from tests.helpers.peers import (
     Receiving,
     checksum,
@@ -240,3 +240,71 @@ def test_an_error_of_another_process_never_says_that_this_one_is_at_its_end(rais
     assert "receiver rank 3: " in str(error)
     assert "a word on it" in str(error)
     assert found is raised or raised.__name__ in str(error)
+
+
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+# What a file name becomes that is no valid text.
+NO_TEXT = b"caf\xe9 ".decode("utf-8", "surrogateescape")
+
+
+@pytest.mark.fault(7, 9)
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnspeakableError(),
+        RuntimeError(NO_TEXT),
+        RuntimeError("\udcff" * 70_000),
+        CapacityError("é" * 99999),
+    ],
+    ids=["no text", "invalid", "invalid and long", "long"],
+)
+def test_whatever_an_error_says_it_reaches_the_other_side(error):
+    failing = [error]
+
+    class Failing(TensorTarget):
+        def place(self, manifest):
+            if failing:
+                raise failing.pop()
+            return super().place(manifest)
+
+    kind = type(error) if isinstance(error, CapacityError) else RemoteError
+    live, sent = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    with sessions(2) as (session, ends):
+        receivers = [
+            WeightReceiver(target(live), end)
+            for target, end in zip((Failing, TensorTarget), ends, strict=True)
+        ]
+        sender = FullWeightSender(sent, session)
+        failed = Round(sender.sync, receivers)
+        assert type(failed.sent) is kind
+        assert failed.received[0] is error
+        assert type(failed.received[1]) is kind
+        assert Round(sender.sync, receivers).sent.receivers == 2
+        assert live["w"].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("error", [UnspeakableError(), RuntimeError(NO_TEXT * 9999)])
+@pytest.mark.fault(9)
+def test_whatever_an_error_says_it_ends_the_session_and_is_raised(error):
+    with pytest.raises(type(error)) as caught, sessions(1) as (session, (end,)):
+        raise error
+    assert caught.value is error
+    for closed in (session, end):
+        assert not closed._supervisor._thread.is_alive()
+    Session.listen(session.address, receivers=1, device="cpu").close()
+
+
+def receive_twice(end):
+    assert not end.receive(5).in_order
+    end.receive(5)
+
+
+def test_the_other_side_is_told_of_an_end_whatever_its_reason_is():
+    with sessions(1) as (session, (end,)):
+        session.abort(NO_TEXT * 9999)
+        with pytest.raises(SessionStateError, match="aborted: caf"):
+            receive_twice(end)
