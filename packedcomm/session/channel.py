@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -50,6 +50,42 @@ KEEPALIVE = {"TCP_KEEPALIVE": 1, "TCP_KEEPALIVE_IDLE": 15, "TCP_KEEPALIVE_INTVL"
 }
 
 
+class _Held:
+    """A context and what is done before it ends. A turn with it is a `with`; that nobody else has
+    one meanwhile is the channel's to see to.
+
+    Whoever closes it in the middle of a turn of its own, as a signal handler may, ends it with that
+    turn: nothing is taken away under ZeroMQ.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.context = context
+        self.endings: list[Callable[[], object]] = []
+        self.closed = False
+        self.released = False
+        self._turns = 0
+
+    def __enter__(self) -> None:
+        if self.closed:
+            raise SessionStateError("the control channel is closed")
+        self._turns += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._turns -= 1
+        if self.closed:
+            self.close()
+
+    def close(self) -> None:
+        """Release everything, now or at the end of the turn. Idempotent."""
+        self.closed = True
+        if self._turns or self.released:
+            return
+        self.released = True
+        for end in self.endings:
+            end()
+        self.context.term()
+
+
 class Channel:
     """A context, a socket, its monitor, and one lock for them."""
 
@@ -61,7 +97,6 @@ class Channel:
         self.settings = settings
         # A signal handler may say the last words in the middle of a poll.
         self._lock = threading.RLock()
-        self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: Any = self._context.socket(kind)
         options = {
@@ -83,13 +118,14 @@ class Channel:
         # What is done in this order before the context ends. A socket must never be collected
         # together with its context, whose end would wait for it for ever: they are held from here
         # until `close`, or until nobody has the channel any more.
-        self._endings: list[Callable[[], object]] = [
+        self._held = _Held(self._context)
+        self._held.endings += [
             partial(self._socket.monitor, None, 0),
             partial(self._monitor.close, 0),
             self._socket.close,
         ]
-        self._held = weakref.finalize(self, _release_aside, self._context, self._endings)
-        self._held.atexit = False
+        self._forgotten = weakref.finalize(self, _release_aside, self._held)
+        self._forgotten.atexit = False
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -124,31 +160,21 @@ class Channel:
         """Send what is on its way, and end every connection that others have made; a receiver has
         none of these. Idempotent."""
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionStateError("the control channel is closed")
-
     def close(self) -> None:
         """Send what is on its way, for a second at most, and release everything. Idempotent; may be
-        called from any thread."""
+        called from any thread, and from a signal handler in the middle of any other call."""
         with self._lock:
-            if self._held.detach() is None:
-                return
-            self._closed = True
-            for end in self._endings:
-                end()
-        self._context.term()
+            self._forgotten.detach()
+            self._held.close()
+
+    def leave_to_parent(self) -> None:
+        """In a process that was forked: never touch again what is the parent's."""
+        self._lock = threading.RLock()
+        self._forgotten.detach()
+        self._held.closed = self._held.released = True
 
 
-def _release_aside(*held: Any) -> None:
+def _release_aside(held: _Held) -> None:
     """Release what a forgotten channel had, on a thread of its own: whichever has just collected
     garbage can't wait, and may be one that is to end."""
-    threading.Thread(target=_release, args=held, name="packedcomm-release", daemon=True).start()
-
-
-def _release(
-    context: zmq.Context[zmq.Socket[bytes]], endings: Sequence[Callable[[], object]]
-) -> None:
-    for end in endings:
-        end()
-    context.term()
+    threading.Thread(target=held.close, name="packedcomm-release", daemon=True).start()

@@ -1,11 +1,13 @@
-"""How one end of a session ends: at once or in order, and what it leaves behind."""
+"""How one end of a session ends: at once or in order, and in the process where it is."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import os
 import threading
 import warnings
+import weakref
 from typing import ClassVar, Self
 
 import torch
@@ -24,6 +26,10 @@ from packedcomm.settings import Settings
 from packedcomm.transports.slots import release_buffers
 
 __all__ = ["Ending"]
+
+# The sessions of this process; and those of its parent, which are never collected here.
+_sessions: weakref.WeakSet[Ending] = weakref.WeakSet()
+_parents: list[Ending] = []
 
 
 class Ending(abc.ABC):
@@ -45,6 +51,7 @@ class Ending(abc.ABC):
         self._ended: str | None = None
         self._ending = threading.RLock()
         self._closed = False
+        _sessions.add(self)
 
     @abc.abstractmethod
     def _say_to_all(self, message: Message) -> None:
@@ -109,6 +116,16 @@ class Ending(abc.ABC):
         self._channel.hang_up()
         return True
 
+    def _leave_to_parent(self) -> None:
+        """In a process that was forked: a session has one process. What threads of the parent held
+        at that moment is held for ever here."""
+        _parents.append(self)
+        self._ending = threading.RLock()
+        self._ended = self._ended or "it belongs to the process that this one was forked from"
+        self._closed = True
+        if (channel := getattr(self, "_channel", None)) is not None:
+            channel.leave_to_parent()
+
     def _check_open(self, operation: str) -> None:
         if self._ended is not None:
             raise SessionStateError(f"{operation} on {self._role}: {self._ended}")
@@ -127,3 +144,12 @@ class Ending(abc.ABC):
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+
+
+def _leave_sessions_to_parent() -> None:
+    for session in list(_sessions):
+        session._leave_to_parent()
+    _sessions.clear()
+
+
+os.register_at_fork(after_in_child=_leave_sessions_to_parent)

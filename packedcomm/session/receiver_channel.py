@@ -83,7 +83,7 @@ class ReceiverChannel(Channel):
     def _shake_hands(self, begin: float, deadline: float) -> None:
         refusals = 0
         while True:
-            with self._lock:
+            with self._lock, self._held:
                 self._poll(deadline - time.monotonic())
                 events = [event for event, _ in self._events()]
                 if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
@@ -115,8 +115,7 @@ class ReceiverChannel(Channel):
         Raises:
             PeerLost: the sender's connection has ended.
         """
-        with self._lock:
-            self._check_open()
+        with self._lock, self._held:
             self._notice_loss()
             if self.lost:
                 raise PeerLost(f"the sender at {self.address} has ended the connection")
@@ -132,8 +131,7 @@ class ReceiverChannel(Channel):
             timeout_s: may be shorter, in seconds.
             soon: whether something is about to come.
         """
-        with self._lock:
-            self._check_open()
+        with self._lock, self._held:
             if not self.lost:
                 readable, eventful = self._poll(timeout_s, soon=soon)
                 if eventful:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import zmq
 
 from packedcomm.communicators.listener import Listener
-from packedcomm.errors import ArgumentError
+from packedcomm.errors import ArgumentError, SessionStateError
 from packedcomm.session.authentication import Gate, Keys, check_secret
 from packedcomm.session.channel import BATCH, EVENTS, READABLE, Channel
 from packedcomm.settings import Settings
@@ -63,7 +63,7 @@ class SenderChannel(Channel):
             self._socket.curve_publickey = keys.public
             self._socket.curve_secretkey = keys.private
             gate = Gate(self._context, Keys.of_receivers(secret).public)
-            self._endings.append(gate.close)
+            self._held.endings.append(gate.close)
         # Without it frames to a peer that has gone would be dropped silently.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # ZeroMQ takes over the socket that is bound already: its own would find ports in use late,
@@ -73,7 +73,7 @@ class SenderChannel(Channel):
 
     def hang_up(self) -> None:
         """Send what is on its way, end every connection and stop listening. Idempotent."""
-        with self._lock, contextlib.suppress(zmq.ZMQError):
+        with self._lock, contextlib.suppress(SessionStateError, zmq.ZMQError), self._held:
             self._socket.unbind(self._socket.getsockopt(zmq.LAST_ENDPOINT))
 
     def send(self, peer: bytes, frame: bytes) -> bool:
@@ -82,8 +82,7 @@ class SenderChannel(Channel):
         Returns:
             Whether the peer is still connected, and takes what it is sent.
         """
-        with self._lock:
-            self._check_open()
+        with self._lock, self._held:
             return self._try_to_send(peer, frame)
 
     def wait(
@@ -99,8 +98,7 @@ class SenderChannel(Channel):
         Returns:
             The frames that came, with their peers; and which of `peers` have gone.
         """
-        with self._lock:
-            self._check_open()
+        with self._lock, self._held:
             readable, eventful = self._poll(timeout_s, soon=soon)
             frames = self._take() if readable else []
             gone = set()

@@ -1,0 +1,96 @@
+"""What a process does to its own sessions: it closes them from a signal handler, and forks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from packedcomm.errors import SessionStateError
+from packedcomm.session.messages import Proceed, Ready
+from tests.helpers.in_process import sessions
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+@pytest.mark.parametrize("call", ["close", "abort"])
+def test_a_signal_handler_may_end_the_session_that_it_interrupts(who, call):
+    with sessions(1) as (session, (end,)):
+        interrupted = session if who == "sender" else end
+
+        def handle(*_):
+            interrupted.close() if call == "close" else interrupted.abort("the handler")
+
+        def wait():
+            if who == "sender":
+                session.ask(Proceed(1), Ready, 10)
+            end.receive(10)
+
+        before = signal.signal(signal.SIGUSR2, handle)
+        timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGUSR2])
+        timer.start()
+        try:
+            with pytest.raises(SessionStateError, match="closed|the handler"):
+                wait()
+        finally:
+            timer.join()
+            signal.signal(signal.SIGUSR2, before)
+        interrupted.close()
+        assert interrupted._channel._context.closed
+
+
+# In a process of its own, which may fork and hang.
+FORKING = """
+import faulthandler, os, sys, time, warnings
+import torch
+from packedcomm import FullWeightSender, StagedTarget, TensorTarget, WeightReceiver
+from packedcomm.errors import SessionStateError
+from tests.helpers.in_process import sessions
+
+warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def child(session, end, sender):
+    faulthandler.dump_traceback_later(5, exit=True)
+    for call in (sender.sync, lambda: session.wait(), lambda: end.receive(1)):
+        try:
+            call()
+        except SessionStateError as error:
+            assert "forked" in str(error)
+        else:
+            os._exit(1)
+    try:
+        with session:
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        end.close()
+    os._exit(7)
+
+
+with sessions(1) as (session, (end,)):
+    receiver = WeightReceiver(StagedTarget(TensorTarget({"w": torch.zeros(4)})), end)
+    receiver.start()
+    sent = torch.ones(4)
+    sender = FullWeightSender({"w": sent}, session)
+    sender.sync()
+    codes = []
+    for _ in range(6):
+        time.sleep(0.03)
+        pid = os.fork()
+        if pid == 0:
+            child(session, end, sender)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    sent += 1
+    print(codes, sender.sync().version, receiver.status().connected, flush=True)
+    receiver.close()
+"""
+
+
+def test_a_forked_process_leaves_its_parents_sessions_alone():
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.strip() == f"{[7] * 6} 1 True", ended.stderr
