@@ -21,6 +21,13 @@ GiB = 1 << 30
 # About four months: what timers of every library involved can hold.
 MOST_SECONDS = 10_000_000
 
+# What a setting may be, by the type of its default.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -103,8 +110,12 @@ class Settings:
     """File that `from_environment` reads `secret` from."""
 
     def __post_init__(self) -> None:
-        if type(self.secret) is not str:
-            raise ArgumentError(f"Settings.secret must be text, not {type(self.secret).__name__}")
+        for entry in fields(self):
+            kinds, what = _KINDS[type(entry.default)]
+            found = type(getattr(self, entry.name))
+            if not issubclass(found, kinds) or found is bool:
+                # Not its value: it may be the secret.
+                raise ArgumentError(f"Settings.{entry.name} must be {what}, not {found.__name__}")
         if self.secret_file and not self.secret:
             # It would be left out silently, and a session on loopback would need none.
             raise ArgumentError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from packedcomm.errors import DeadlineExceeded, PackedCommError
+from packedcomm.errors import ArgumentError, DeadlineExceeded, PackedCommError
 from packedcomm.session.flight import FlightRecord
 from packedcomm.session.states import AT_END, AT_REST, SyncState, next_state
 
@@ -16,8 +17,16 @@ __all__ = ["Phase", "Phases", "deadline_after"]
 
 
 def deadline_after(timeout_s: float | None) -> float:
-    """The point on the monotonic clock that many seconds from now; never, for None."""
-    return float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    """The point on the monotonic clock that many seconds from now; never, for None.
+
+    Raises:
+        ArgumentError: it isn't a number.
+    """
+    if timeout_s is None:
+        return float("inf")
+    if not isinstance(timeout_s, (int, float)) or math.isnan(timeout_s):
+        raise ArgumentError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
+    return time.monotonic() + timeout_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
+from collections.abc import Callable
 
 import zmq
 
@@ -19,6 +21,9 @@ __all__ = ["ReceiverChannel"]
 
 # Refused handshakes in a row that mean a wrong secret. A sender that is just ending refuses once.
 REFUSALS = 3
+
+# How often a name that means nothing yet is looked up again.
+RETRY_S = 0.2
 
 
 class ReceiverChannel(Channel):
@@ -58,10 +63,14 @@ class ReceiverChannel(Channel):
         parsed = Address.parse(address)
         if parsed.port == 0:
             raise ArgumentError(f"address {address!r} has no port to connect to")
-        check_secret(secret, _resolved(parsed))
         begin = time.monotonic()
+
+        def reach() -> str:
+            check_secret(secret, _resolved(parsed, deadline))
+            return wait_for_server(parsed, deadline)[1]
+
         try:
-            _, self.reached = wait_for_server(parsed, deadline)
+            self.reached = _bounded(reach, deadline)
         except TimeoutError as error:
             raise RendezvousTimeout(
                 f"no sender listens on {address} after {time.monotonic() - begin:.1f} s ({error})"
@@ -159,9 +168,38 @@ class ReceiverChannel(Channel):
                 self._socket.disconnect(self._endpoint)
 
 
-def _resolved(address: Address) -> list[str]:
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ArgumentError(f"can't connect to {address}: {error}") from error
-    return [str(entry[4][0]) for entry in found]
+def _bounded(function: Callable[[], str], deadline: float) -> str:
+    """What a function returns or raises by a deadline. On a thread that is left behind then: the
+    system's look-up of names knows no deadline."""
+    returned: list[str] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(function())
+        except BaseException as error:  # noqa: BLE001  (raised again on the caller's thread)
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="packedcomm-reach", daemon=True)
+    thread.start()
+    # What it finds itself at the deadline says more.
+    thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise TimeoutError("looking its name up takes longer")
+    return returned[0]
+
+
+def _resolved(address: Address, deadline: float) -> list[str]:
+    """The IP addresses that a name means. As its sender, it may come later."""
+    while True:
+        try:
+            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            return [str(entry[4][0]) for entry in found]
+        except UnicodeError as error:
+            raise ArgumentError(f"can't connect to {address}: {error}") from error
+        except OSError as error:
+            if time.monotonic() + RETRY_S >= deadline:
+                raise TimeoutError(f"the name {address.host!r} means nothing: {error}") from error
+        time.sleep(RETRY_S)

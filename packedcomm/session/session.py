@@ -77,7 +77,7 @@ class Session:
         The communicator is connected later, by `receive`, when the sender begins its next sync.
 
         Args:
-            address: the sender's, "host:port"; the sender may come later.
+            address: the sender's, "host:port"; the sender may come later, and its name too.
             secret, device, settings: as for `listen`; byte format and buffer size are the sender's.
 
         Raises:

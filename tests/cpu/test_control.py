@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import math
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 import zmq
 from zmq.utils import z85
 
+from packedcomm import Session
 from packedcomm.errors import (
     AddressInUse,
     ArgumentError,
@@ -23,9 +25,12 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.session.authentication import Keys
+from packedcomm.session.messages import Ready
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.settings import DEFAULTS, Settings
+from tests.helpers.in_process import sessions
+from tests.helpers.sessions import QUICK
 
 SECRET = "correct horse battery staple"
 
@@ -205,7 +210,48 @@ def test_a_bad_address_is_refused_by_the_sender(address):
         SenderChannel(address, SECRET, DEFAULTS)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:0", "nowhere.invalid:1"])
+@pytest.mark.parametrize("timeout_s", [math.nan, "5"])
+def test_a_timeout_that_is_no_number_is_refused(timeout_s):
+    with sessions(1) as (session, (end,)):
+        for wait in (end.receive, end.poll, lambda s: session.answers(Ready, "Offer", s)):
+            with pytest.raises(ArgumentError, match="timeout_s must be a number"):
+                wait(timeout_s)
+
+
+def test_a_name_may_come_to_mean_something_while_it_is_waited_for(monkeypatch):
+    known = socket.getaddrinfo
+    asked = []
+
+    def getaddrinfo(host, *arguments, **options):
+        if host != "trainer":
+            return known(host, *arguments, **options)
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(-2, "Name or service not known")
+        return known("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu") as session:
+        _, _, port = session.address.rpartition(":")
+        with Session.connect(f"trainer:{port}", device="cpu", settings=QUICK) as end:
+            assert end.epoch == session.epoch
+    assert len(asked) >= 3
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_name_that_never_means_anything_is_a_late_sender(monkeypatch, hangs):
+    def getaddrinfo(*_, **__):
+        time.sleep(20 if hangs else 0)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    begin = time.monotonic()
+    with pytest.raises(RendezvousTimeout, match=r"trainer:1 .*name"):
+        Session.connect("trainer:1", device="cpu", settings=Settings(connect_timeout_s=0.5))
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:0", f"{'x' * 64}.invalid:1"])
 def test_a_bad_address_is_refused_by_a_receiver(address):
     with pytest.raises(ArgumentError, match="address|can't connect"):
         ReceiverChannel(address, SECRET, DEFAULTS, time.monotonic() + 1)

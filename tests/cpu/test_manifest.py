@@ -192,6 +192,22 @@ def test_settings_come_from_the_environment_only_when_asked():
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("connect_timeout_s", "5"),
+        ("connect_timeout_s", True),
+        ("num_buffers", 2.0),
+        ("buffer_size_bytes", "1"),
+        ("flight_record_dir", None),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(name, value):
+    with pytest.raises(ArgumentError, match=f"Settings.{name} must be "):
+        Settings(**{name: value})
+    assert Settings(connect_timeout_s=5).connect_timeout_s == 5
+
+
+@pytest.mark.parametrize(
     ("variable", "value"),
     [
         ("PACKEDCOMM_NUM_BUFERS", "3"),
