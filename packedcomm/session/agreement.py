@@ -70,6 +70,9 @@ def own_hello(device: torch.device, settings: Settings) -> Hello:
         nccl_version=version,
         nccl_path=path,
         wire_versions=WIRE_VERSIONS,
+        heartbeat_interval_s=float(settings.heartbeat_interval_s),
+        heartbeat_timeout_s=float(settings.heartbeat_timeout_s),
+        max_frame_bytes=settings.max_frame_bytes,
     )
 
 
@@ -81,7 +84,9 @@ def agreed_transport(sender: Hello, receiver: Hello, rank: int) -> Transport:
         rank: the receiver's, for messages.
 
     Raises:
-        ConfigMismatch: one is on a GPU and one on a CPU.
+        ConfigMismatch: one is on a GPU and one on a CPU; one would take the other for stopped
+            between two of its heartbeats; or their caps on a message differ. The message names
+            both sides' values.
         VersionMismatch: versions of packedcomm, of its byte format or of NCCL differ; the message
             names both sides' versions, and for NCCL their libraries.
     """
@@ -106,6 +111,22 @@ def agreed_transport(sender: Hello, receiver: Hello, rank: int) -> Transport:
         raise VersionMismatch("; ".join(versions))
     if receiver.device != sender.device:
         raise ConfigMismatch(f"{own} is on {sender.device}, {other} on {receiver.device}")
+    for speaks, speaker, hears, hearer in (
+        (sender, own, receiver, other),
+        (receiver, other, sender, own),
+    ):
+        # As `Settings` demands of one side.
+        if 2 * speaks.heartbeat_interval_s > hears.heartbeat_timeout_s:
+            raise ConfigMismatch(
+                f"heartbeat_timeout_s of {hearer} is {hears.heartbeat_timeout_s:g}, less than "
+                f"twice heartbeat_interval_s of {speaker}, {speaks.heartbeat_interval_s:g}"
+            )
+    if sender.max_frame_bytes != receiver.max_frame_bytes:
+        # ZeroMQ would end the connection at the first message that is too large for one side only.
+        raise ConfigMismatch(
+            f"max_frame_bytes of {own} is {sender.max_frame_bytes:,}, of {other} "
+            f"{receiver.max_frame_bytes:,}"
+        )
     return "nccl" if sender.device == "cuda" else "gloo"
 
 

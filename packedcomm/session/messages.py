@@ -29,7 +29,16 @@ from packedcomm.session.fields import (
     StageSeconds,
     Version,
 )
-from packedcomm.session.rules import Checked, flag, integer, one_of, short_bytes, text, tuple_of
+from packedcomm.session.rules import (
+    Checked,
+    finite,
+    flag,
+    integer,
+    one_of,
+    short_bytes,
+    text,
+    tuple_of,
+)
 from packedcomm.session.states import SyncState
 from packedcomm.settings import DEFAULTS
 
@@ -106,6 +115,11 @@ class Hello(Message):
 
     wire_versions: Annotated[tuple[int, ...], tuple_of(integer(1, 1 << 31), 16, 1)] = (1,)
     """Versions of the native byte format that it speaks."""
+
+    heartbeat_interval_s: Annotated[float, finite(0.0)] = DEFAULTS.heartbeat_interval_s
+    heartbeat_timeout_s: Annotated[float, finite(0.0)] = DEFAULTS.heartbeat_timeout_s
+    max_frame_bytes: Annotated[int, integer(1, MOST)] = DEFAULTS.max_frame_bytes
+    """As in `Settings`: what the other side must fit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,8 @@ class Session:
             CudaError: there is no such GPU.
             RendezvousTimeout: the sender didn't come within `Settings.connect_timeout_s`.
             AuthenticationError: the sender has another secret.
-            ConfigMismatch: the sender is on a GPU and this end on a CPU, or the other way round.
+            ConfigMismatch: the sender is on a GPU and this end on a CPU, or the other way round; or
+                heartbeats or caps on messages of the settings don't go together.
             VersionMismatch: versions of packedcomm or NCCL differ.
             PeerLost: the sender ended meanwhile.
             NcclError: no usable NCCL library.

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from packedcomm import errors
+from packedcomm import Session, errors
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -23,7 +23,7 @@ from packedcomm.errors import (
 from packedcomm.session.agreement import agreed_transport, choose_device, own_hello
 from packedcomm.session.messages import Failure, Hello, Refused
 from packedcomm.session.remote_errors import combined, described, remote_error
-from packedcomm.settings import DEFAULTS
+from packedcomm.settings import DEFAULTS, Settings
 
 CPU = Hello("0.1.0", 11, "here", "cpu")
 GPU = Hello("0.1.0", 12, "there", "cuda", "2.28.9", "/lib/one/libnccl.so.2")
@@ -55,6 +55,42 @@ def test_other_package_and_format_versions_are_named():
         agreed_transport(CPU, dataclasses.replace(CPU, package="0.2.0"), 1)
     with pytest.raises(VersionMismatch, match=r"versions \[1\] .*versions \[2, 3\]"):
         agreed_transport(CPU, dataclasses.replace(CPU, wire_versions=(2, 3)), 1)
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize(
+    ("sender", "receiver", "parts"),
+    [
+        (
+            {"heartbeat_timeout_s": 4.0},
+            {"heartbeat_interval_s": 10.0},
+            ["heartbeat_timeout_s of the sender", "is 4,", "interval_s of receiver rank 1", " 10"],
+        ),
+        (
+            {"heartbeat_interval_s": 2.5},
+            {"heartbeat_timeout_s": 4.0},
+            ["heartbeat_timeout_s of receiver rank 1", "is 4,", "interval_s of the sender", " 2.5"],
+        ),
+        ({}, {"max_frame_bytes": 1000}, ["max_frame_bytes of the sender", "67,108,864", "1,000"]),
+        ({"max_frame_bytes": 1000}, {}, ["max_frame_bytes of the sender", "67,108,864", "1,000"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_with_both_values(sender, receiver, parts):
+    hellos = [own_hello(torch.device("cpu"), Settings(**given)) for given in (sender, receiver)]
+    with pytest.raises(ConfigMismatch) as raised:
+        agreed_transport(*hellos, 1)
+    for part in parts:
+        assert part in str(raised.value)
+    with (
+        Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=Settings(**sender)) as s,
+        pytest.raises(ConfigMismatch, match="receiver rank 1"),
+    ):
+        Session.connect(s.address, device="cpu", settings=Settings(**receiver))
+
+
+def test_settings_may_differ_where_they_go_together():
+    slow = dataclasses.replace(CPU, heartbeat_interval_s=2.0, heartbeat_timeout_s=4.0)
+    assert agreed_transport(CPU, slow, 1) == agreed_transport(slow, CPU, 1) == "gloo"
 
 
 def test_a_process_says_what_it_is():

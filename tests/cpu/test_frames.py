@@ -263,7 +263,7 @@ def _wire(name: str, *values: object) -> bytes:
 
 
 _REGION = [0, [0], [4], "float32", 1.0]
-_HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1]]
+_HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1], 1.0, 30.0, 1 << 26]
 _WELCOME = ["e", 1, 2, "gloo", "native", 1, 0]
 _OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True, False]
 
@@ -333,6 +333,8 @@ BAD = {
     "a Hello without a version": _wire("Hello", *_with(_HELLO, 0, "")),
     "a Hello without byte formats": _wire("Hello", *_with(_HELLO, 6, [])),
     "a Hello with a long path": _wire("Hello", *_with(_HELLO, 5, "x" * 5000)),
+    "a Hello that never beats": _wire("Hello", *_with(_HELLO, 7, float("inf"))),
+    "a Hello that takes no frames": _wire("Hello", *_with(_HELLO, 9, 0)),
     "a Welcome as the sender": _wire("Welcome", *_with(_WELCOME, 1, 0)),
     "a Welcome outside the world": _wire("Welcome", *_with(_WELCOME, 1, 2)),
     "a Welcome to an unknown transport": _wire("Welcome", *_with(_WELCOME, 3, "mpi")),
