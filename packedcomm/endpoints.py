@@ -20,7 +20,9 @@ class Target(Protocol):
     A target whose memory stays where it is says so by an attribute `fixed_destinations = True`:
     `place` is then called once per manifest and group, not at every transfer, and again if memory
     was replaced. A target with many parts in few tensors gives these by an attribute `memory`, a
-    sequence of tensors, so that only they are looked at before a transfer.
+    sequence of tensors, so that only they are looked at before a transfer. One whose `commit`
+    overwrites more than the parts gives that memory by a method `zeroed(manifest)`, a sequence of
+    tensors, so that it isn't taken for torn after a failure that is made good.
     """
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:

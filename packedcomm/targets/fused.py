@@ -118,6 +118,10 @@ class FusedTarget:
         """
         self._placements.get(manifest, self._place).zero()
 
+    def zeroed(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        """What `commit` overwrites beside the parts."""
+        return self._placements.get(manifest, self._place).zeroed
+
     def _place(self, manifest: Manifest) -> Placement:
         layout = engine_layout(
             self._shapes,

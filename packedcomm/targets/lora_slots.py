@@ -182,6 +182,10 @@ class LoraSlotTarget:
         """Zero what the adapter doesn't fill; on a GPU enqueued on the current stream."""
         self._placements.get(manifest, self._place).zero()
 
+    def zeroed(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        """What `commit` overwrites beside the parts."""
+        return self._placements.get(manifest, self._place).zeroed
+
     def _place(self, manifest: Manifest) -> Placement:
         layout = lora_layout(
             self._modules,

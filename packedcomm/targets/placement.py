@@ -32,6 +32,7 @@ class Placement:
 
     layout: Layout
     parts: tuple[tuple[Part, ...], ...]
+    zeroed: tuple[torch.Tensor, ...]
     zeroing: CopyPlan | None
 
     @classmethod
@@ -76,7 +77,8 @@ class Placement:
                 zeros[kind] = torch.zeros(longest, dtype=kind[0], device=kind[1])
             row = zeros[kind][: box.shape[-1]] if box.shape else zeros[kind][0]
             pairs.append((row.expand(box.shape), box_view(box, tensor)))
-        return cls(layout, parts, CopyPlan(pairs) if pairs else None)
+        zeroed = tuple(view for _, view in pairs)
+        return cls(layout, parts, zeroed, CopyPlan(pairs) if pairs else None)
 
     def zero(self) -> None:
         """Write the zeros; on a GPU enqueued on the current stream."""

@@ -154,6 +154,11 @@ class StagedTarget:
         staging.copy.run()
         self._target.commit(manifest)
 
+    def zeroed(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        """What the inner target's `commit` overwrites beside its parts."""
+        zeroed = getattr(self._target, "zeroed", None)
+        return () if zeroed is None else zeroed(manifest)
+
     def staged_pairs(self, manifest: Manifest) -> Sequence[StagedPart]:
         """Every piece of a manifest that was received, before its commit."""
         return self._staging[manifest.digest].pairs
