@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
+from packedcomm.decisions import Decisions
 from packedcomm.endpoints import Target, TargetChooser, is_target
-from packedcomm.errors import ArgumentError, ContextLost, PeerLost, ProtocolError, summary
+from packedcomm.errors import ArgumentError, ContextLost, ProtocolError, summary
 from packedcomm.events import ChunkMoved, TransferFinished
+from packedcomm.holding import Vote, Writing
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
 from packedcomm.results import ChangeStatistics
 from packedcomm.session import ReceiverSession
 from packedcomm.session.messages import (
-    Cancel,
-    Close,
     Commit,
     NeedManifest,
+    NoChange,
     Offer,
     Proceed,
     Ready,
     Region,
     Staged,
 )
-from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import SyncState
 from packedcomm.shown_digests import ShownDigests
 from packedcomm.targets.staged import StagedTarget
@@ -76,18 +77,6 @@ class Held:
     """None for a callback, whose tensors are digested as they come."""
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """A sync that a receiver has voted for, and of which it doesn't know what was decided."""
-
-    epoch: str
-    number: int
-    version: int
-    manifest: Manifest
-    staged: bool
-    """Whether a target holds it, and not a callback."""
-
-
 class Following:
     """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
 
@@ -103,17 +92,9 @@ class Following:
         self._manifests: dict[str, Manifest] = {}
         self._held: dict[str, Held] = {}
         self._changes = ChangeCount()
-        self._torn: set[str] = set()
-        self._torn_before: frozenset[str] = frozenset()
-        self._doubt: Doubt | None = None
-        self.cancelled = False
-        """Whether the last failure was the sender's, who needn't be told then."""
-
-    @property
-    def torn(self) -> bool:
-        """Whether failures have left destinations of which some are new, some old, that no later
-        sync has written whole."""
-        return bool(self._torn)
+        self.decisions = Decisions(session)
+        # What was held when data began to move.
+        self._held_before = self.decisions.holding
 
     def attach(self, session: ReceiverSession) -> int | None:
         """Go on in another session.
@@ -122,51 +103,47 @@ class Following:
             The version of a sync that this receiver had voted for when it lost the sender, if the
             sender says now that it was committed: it is then committed here too.
         """
-        doubt, self._doubt = self._doubt, None
         self._session = session
         self._held.clear()
-        if doubt is None or session.epoch != doubt.epoch or session.decided > doubt.number:
-            return None
-        if session.decided < doubt.number:
-            # The sender may not know yet that the connection was lost, and decide it still.
-            self._doubt = doubt
-            return None
-        self._commit(doubt.manifest, staged=doubt.staged)
-        return doubt.version
+        return self.decisions.attach(session)
 
-    def receive(self, offer: Offer) -> Update:
-        """Take part in the sync that is offered, up to its commit.
+    def receive(self, message: Offer | NoChange | Commit) -> Update:
+        """Take part in what the sender begins, up to its commit.
 
         Args:
-            offer: what the sender has just sent.
+            message: what the sender has just sent; a `Commit` of what this receiver is in doubt of.
         """
-        session = self._session
-        self.cancelled = False
-        self._doubt = None
+        session, decisions = self._session, self.decisions
+        decisions.sender_knows = False
         try:
-            return self._receive(offer)
+            if isinstance(message, Commit):
+                return Update(decisions.commit_in_doubt().version)
+            decisions.forget_doubt()
+            if isinstance(message, NoChange):
+                decisions.confirm(message)
+                return Update(message.version)
+            received = self._receive(message)
         except BaseException as error:
             cause = self._cause(error)
-            if not self.cancelled:
+            if not decisions.sender_knows:
                 session.fail(cause or error)
             session.record_failure(cause or error)
             try:
                 if session.state is SyncState.MOVING:
                     if session.untouched:
-                        self._torn = set(self._torn_before)
+                        decisions.holding = self._held_before
                     # Not used again: only the sender knows whether every rank has come to its end.
                     session.drop_communicator(summary(error))
             except ContextLost as lost:
                 session.fail(lost, ended=True)
                 raise lost from error
             finally:
-                if self.torn:
-                    session.phases.tear()
-                else:
-                    session.phases.rest()
+                decisions.settle()
             if cause is not None and cause is not error:
                 raise cause from cause.__cause__ or error
             raise
+        # The sender has heard that it is committed.
+        return self._counted(message, *received)
 
     def plan_ahead(self, offer: Offer) -> None:
         """Plan the next sync of what was offered, where a chooser knows its target already. Never
@@ -201,10 +178,10 @@ class Following:
             return None
         cause = await_cause(error, session.failure)
         if cause is not None and cause is not session.phases.interruption:
-            self.cancelled = True
+            self.decisions.sender_knows = True
         return cause
 
-    def _receive(self, offer: Offer) -> Update:
+    def _receive(self, offer: Offer) -> tuple[Update, torch.Tensor | None]:
         session = self._session
         seconds: dict[str, float] = {}
         with measured(seconds, "agree"):
@@ -217,7 +194,10 @@ class Following:
         staged = isinstance(target, StagedTarget)
         verify = offer.verify == "always" or (offer.verify == "staged" and staged)
         if not is_target(target):
-            target = shown = ShownDigests(offer.version, target, self._torn.update)
+            writing = Writing(manifest, None, tuple(self._manifests.values()))
+            target = shown = ShownDigests(
+                offer.version, target, partial(self.decisions.begin, writing)
+            )
             shown.digesting = verify
         if offer.statistics and not staged:
             raise ArgumentError(
@@ -242,7 +222,7 @@ class Following:
                 session.phases.enter(SyncState.AGREED)
                 session.reply(ready)
                 if not offer.at_once:
-                    self._expect("agree", 0, Proceed)
+                    self.decisions.expect("agree", 0, Proceed)
             memory = self._held[manifest.digest].memory if verify else None
             allowed = session.settings.move_seconds(manifest.nbytes)
             if offer.at_once:
@@ -251,76 +231,56 @@ class Following:
             session.chunk = 0
             session.phases.enter(SyncState.MOVING, allowed)
             group.set_timeout(allowed)
-            self._torn_before = frozenset(self._torn)
-            if shown is None and not staged:
-                # Old weights are overwritten from here on.
-                self._torn.update(manifest.by_name)
+            self._held_before = self.decisions.holding
+            if staged:
+                pairs = target.staged_pairs(manifest)
+                writing = Writing(manifest, lambda: [pair.live for pair in pairs])
+            elif plan is not None:
+                destinations = plan.destinations
+                writing = Writing(manifest, lambda: destinations)
+                self.decisions.begin(writing)
             with abort_on_failure(group, "sync"):
                 receiving.run(manifest, memory)
-        return self._finish(offer, manifest, target, shown, verify, seconds)
+        to_commit = None if shown is not None else target
+        vote = Vote(session.epoch, offer.number, offer.version, writing, to_commit)
+        return self._finish(offer, vote, shown, verify, seconds)
 
     def _finish(
         self,
         offer: Offer,
-        manifest: Manifest,
-        target: Any,
+        vote: Vote,
         shown: ShownDigests | None,
         verify: bool,
         seconds: dict[str, float],
-    ) -> Update:
+    ) -> tuple[Update, torch.Tensor | None]:
         session = self._session
+        manifest = self._manifests[offer.digest]
         with measured(seconds, "verify"):
             digests = self._digests(manifest, shown) if verify else None
             changes: dict[str, ChangeStatistics] = {}
             if offer.statistics:
-                changes = change_statistics(target.staged_pairs(manifest))
+                changes = change_statistics(vote.target.staged_pairs(manifest))
         session.phases.enter(SyncState.STAGED)
         packed = b"" if digests is None else packed_digests(digests)
         notes = tuple(getattr(self._given, "notes", ()))
-        session.reply(Staged(dict(seconds), packed, changes, notes))
         with measured(seconds, "commit"):
-            staged = shown is None
-            self._await_decision(offer, manifest, staged=staged)
-            self._commit(manifest, staged=staged)
-        changed: int | None = None
-        if digests is not None:
-            regions = self._held[manifest.digest].regions
-            changed = self._changes.count(manifest, digests, regions)
-        return Update(
-            offer.version, len(manifest), manifest.nbytes, seconds, verify, changed, changes, notes
-        )
+            self.decisions.vote(vote, Staged(dict(seconds), packed, changes, notes))
+        count, size = len(manifest), manifest.nbytes
+        update = Update(vote.version, count, size, seconds, verify, changes=changes, notes=notes)
+        return update, digests
 
-    def _await_decision(self, offer: Offer, manifest: Manifest, *, staged: bool) -> None:
-        """Until the sender says Commit. Whoever loses it here, having voted, can't know what it has
-        decided."""
-        self._doubt = Doubt(self._session.epoch, offer.number, offer.version, manifest, staged)
-        decided = self._expect("commit", manifest.nbytes, Commit)
-        self._doubt = None
-        if decided.version != offer.version:
-            raise ProtocolError(
-                f"the sender commits version {decided.version}, offered was {offer.version}"
-            )
-
-    def _commit(self, manifest: Manifest, *, staged: bool) -> None:
-        """Make what was received the weights.
-
-        Args:
-            manifest: of what was received.
-            staged: whether there is a target to tell; a callback has had everything already.
-        """
-        if staged:
-            self._torn.update(manifest.by_name)
-            self._target.commit(manifest)
-        # Decided: whatever happens to the sender now changes nothing.
-        allowed = self._session.settings.commit_seconds(manifest.nbytes)
-        wait_for_device(self._session.device, allowed, lambda: None, "commit")
-        self._torn.difference_update(manifest.by_name)
+    def _counted(self, offer: Offer, update: Update, digests: torch.Tensor | None) -> Update:
+        if digests is None:
+            return update
+        regions = self._held[offer.digest].regions
+        changed = self._changes.count(self._manifests[offer.digest], digests, regions)
+        return replace(update, changed_tensors=changed)
 
     def _manifest(self, offer: Offer) -> tuple[Manifest, Offer]:
         known = self._manifests.get(offer.digest)
         if known is None and not offer.manifest:
             self._session.reply(NeedManifest())
-            offer = self._expect("agree", 0, Offer)
+            offer = self.decisions.expect("agree", 0, Offer)
         if known is None:
             known = Manifest.from_json(offer.manifest)
             if known.digest != offer.digest:
@@ -354,32 +314,6 @@ class Following:
         memory = self._held[manifest.digest].memory
         assert memory is not None
         return memory.take()
-
-    def _expect(self, stage: str, nbytes: int, *kinds: type[Any]) -> Any:
-        """The sender's next message.
-
-        Args:
-            stage: what it belongs to, "agree" or "commit", which has a deadline.
-            nbytes: of the sync; other receivers may still be receiving them.
-            kinds: what is expected.
-        """
-        settings = self._session.settings
-        if stage == "agree":
-            allowed = settings.agree_timeout_s
-        else:
-            allowed = settings.move_seconds(nbytes) + settings.commit_seconds(nbytes)
-        message = self._session.receive(allowed)
-        if isinstance(message, Cancel):
-            self.cancelled = True
-            self._doubt = None
-            raise remote_error(message, "cancelled by the sender")
-        if isinstance(message, Close):
-            self.cancelled = True
-            raise PeerLost(f"the sender has ended the session here: {message.reason}")
-        if not isinstance(message, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ProtocolError(f"the sender sent {type(message).__name__}, expected {expected}")
-        return message
 
     def _wait(self) -> None:
         session = self._session

@@ -96,6 +96,10 @@ class Leading:
         self._number = 0
         self._nbytes = 0
         self._at_once = False
+        # Whether a sync is under way that receivers may know of; whether they may be waiting for
+        # its data, so that only the end of the communicator lets them go.
+        self._under_way = False
+        self._awaited = False
         self.decided_version: int | None = None
         """The version of the last sync that was decided to be committed."""
         self.verified = False
@@ -112,8 +116,7 @@ class Leading:
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest."""
         session = self._session
-        self._at_once = False
-        with measured(seconds, "agree"), self._failing(transport_too=False):
+        with measured(seconds, "agree"), self.failing():
             manifest = snapshot.manifest
             digest = manifest.digest
             if self._generation != session.generation:
@@ -125,14 +128,20 @@ class Leading:
             # Where a communicator is soon made anew, whoever has agreed before needn't wait for the
             # others' word before it waits for the data.
             self._at_once = known and session.transport == "gloo"
-            self._number = session.next_sync()
-            self._nbytes = manifest.nbytes
+            self._begin(manifest.nbytes)
+            self._awaited = self._at_once
             offer = self._offer(version, manifest)
             if not known:
                 offer = replace(offer, manifest=manifest.to_json())
             self._remember(digest, self._replies(offer, manifest))
             self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
             session.phases.enter(SyncState.AGREED)
+
+    def _begin(self, nbytes: int) -> None:
+        self._number = self._session.next_sync()
+        self._nbytes = nbytes
+        self._awaited = False
+        self._under_way = True
 
     def _offer(self, version: int, manifest: Manifest) -> Offer:
         return Offer(
@@ -191,10 +200,6 @@ class Leading:
     ) -> None:
         """Let the receivers proceed and send the data; returns when this side's part is done."""
         session = self._session
-        digests = self._digest_plan
-        computed = None if digests is None else digests.computed
-        cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
-        session.chunk = 0
 
         def note(event: ChunkMoved | TransferFinished) -> None:
             if isinstance(event, TransferFinished):
@@ -202,8 +207,13 @@ class Leading:
             else:
                 session.chunk += 1
 
-        with self._failing():
+        with self.failing():
+            digests = self._digest_plan
+            computed = None if digests is None else digests.computed
+            cut = chunk_rule(session.wire_format, session.buffer_size_bytes)
+            session.chunk = 0
             if not self._at_once:
+                self._awaited = True
                 session.tell(Proceed(version))
             allowed = session.settings.move_seconds(self._nbytes)
             session.phases.enter(SyncState.MOVING, allowed)
@@ -223,14 +233,13 @@ class Leading:
         tensor's digest."""
         session = self._session
         digests = self._digest_plan
-        with measured(seconds, "verify"):
-            with self._failing():
-                # Made while the votes are still on their way.
-                found = None if digests is None else digests.computed.take()
-                remaining = max(0.1, session.phases.present.remaining)
-                self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
-                session.phases.enter(SyncState.STAGED)
-                self._at_once = False
+        with measured(seconds, "verify"), self.failing():
+            # Made while the votes are still on their way.
+            found = None if digests is None else digests.computed.take()
+            remaining = max(0.1, session.phases.present.remaining)
+            self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
+            session.phases.enter(SyncState.STAGED)
+            self._awaited = False
             for vote in self._votes:
                 for stage, spent in vote.seconds.items():
                     # The slowest receiver's; of stages that the sender has too, the sender's.
@@ -238,32 +247,36 @@ class Leading:
                         seconds[stage] = max(seconds.get(stage, 0.0), spent)
             if digests is None or found is None:
                 return None
-            with self._failing(transport_too=False):
-                digests.compare(found, self._votes)
+            digests.compare(found, self._votes)
             return found[: digests.tensors]
 
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
         session = self._session
-        with measured(seconds, "commit"), self._failing(transport_too=False):
+        with measured(seconds, "commit"), self.failing():
             if (failed := session.known_failure()) is not None:
                 raise failed
-            # From here on it is decided: a receiver that is lost now learns it when it comes back.
-            session.decided, self.decided_version = self._number, version
+            # May be shown somewhere from here on, so no other weights get it.
+            self.decided_version = version
             try:
+                # Decided: a receiver that is lost now learns it when it comes back.
+                session.decided = self._number
                 session.tell(Commit(version))
             except BaseException:
-                # All must hear it; who has heard it already skips the second one.
-                session.tell(Commit(version))
+                if session.decided == self._number:
+                    # All must hear it; who has heard it already skips the second one.
+                    session.tell(Commit(version))
                 raise
             allowed = session.settings.commit_seconds(self._nbytes)
-            for reply in _all_of(Committed, session.answers(Committed, "Commit", allowed)):
+            replies = session.answers(Committed, "Commit", allowed, decided=True)
+            for reply in _all_of(Committed, replies):
                 if reply.version != version:
                     raise ProtocolError(
                         f"a receiver committed version {reply.version}, expected {version}"
                     )
             session.phases.enter(SyncState.COMMITTED)
             session.committed_generation = session.generation
+            self._under_way = False
         return combined_changes([vote.changes for vote in self._votes])
 
     @property
@@ -275,24 +288,16 @@ class Leading:
             for note in vote.notes
         )
 
-    def give_up(self, error: BaseException) -> None:
-        """After a failure when all had agreed and nothing had been sent yet; at other times nothing
-        happens.
-
-        Raises:
-            ContextLost: the communicator can't be given up.
-        """
-        if self._session.state is SyncState.AGREED:
-            self._session.fail_sync(error, transport_too=self._at_once)
-            self._at_once = False
-
     def announce_no_change(self, version: int, since: int) -> None:
         """Let every receiver show a version without data, of the weights of version `since`."""
         self._session.wait()
         if self._session.generation != self._session.committed_generation:
             raise SessionStateError("no_change: receivers have come or gone since the last sync")
-        with self._failing(transport_too=False):
-            self._session.ask(NoChange(version, since), Committed)
+        with self.failing():
+            self._begin(0)
+            self._votes = []
+            self._session.ask(NoChange(version, since, self._number), Ready)
+            self.commit(version, {})
 
     def _wait(self) -> None:
         session = self._session
@@ -300,22 +305,22 @@ class Leading:
         wait_for_device(session.device, remaining, session.failure, "sync")
 
     @contextmanager
-    def _failing(self, *, transport_too: bool = True) -> Iterator[None]:
-        """What fails here ends the sync for every receiver, but not the session.
-
-        Args:
-            transport_too: whether the communicator can't be used again.
-        """
+    def failing(self) -> Iterator[None]:
+        """What fails here ends the sync that is under way for every receiver, but not the session.
+        One within another does nothing that the inner one has done."""
         session = self._session
         try:
             yield
         except BaseException as error:
-            cause = await_cause(error, session.failure) if transport_too else None
+            if not self._under_way:
+                raise
+            moving = session.state is SyncState.MOVING
+            cause = await_cause(error, session.failure) if moving else None
             # A receiver that agrees but has no communicator tells that this end's is of no use.
-            useless = transport_too or self._at_once or isinstance(error, SessionStateError)
-            self._at_once = False
+            useless = self._awaited or isinstance(error, SessionStateError)
             decided = session.decided == self._number
             session.fail_sync(cause or error, transport_too=useless, decided=decided)
+            self._under_way = False
             if cause is not None and cause is not error:
                 raise cause from cause.__cause__ or error
             raise

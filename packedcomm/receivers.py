@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.following import Following, Update
+from packedcomm.holding import Holding
 from packedcomm.results import ReceiverStatus, SyncResult
 from packedcomm.session import ReceiverSession
-from packedcomm.session.messages import Cancel, Close, Committed, Message, NoChange, Offer
+from packedcomm.session.messages import Cancel, Close, Commit, Message, NoChange, Offer
 from packedcomm.session.phases import deadline_after
 from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import AT_END, AT_REST, SyncState
@@ -72,11 +73,9 @@ class WeightReceiver:
         self._following = Following(target, session)
         self._lock = threading.Lock()
         self._end: SyncState | None = None
-        self._version: int | None = None
-        self._epoch = ""
-        self._update_count = 0
-        self._last_update_time: float | None = None
+        # The last error, and the number of updates when it came: the next one is its end.
         self._error: BaseException | None = None
+        self._error_at = 0
         self._told = False
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
@@ -113,10 +112,11 @@ class WeightReceiver:
             raise SessionStateError("receive: a thread of this receiver is receiving already")
         if self._end is SyncState.CLOSED:
             raise SessionStateError("receive: the receiver is closed")
-        message = self._next(timeout_s, since)
-        if message is None:
-            raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")
-        return self._take(message)
+        with self._answering():
+            message = self._next(timeout_s, since)
+            if message is None:
+                raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")
+            return self._take(message)
 
     def reconnect(self, session: ReceiverSession) -> int | None:
         """Go on in a new session, after the sender was lost or has restarted; ends the old one.
@@ -145,12 +145,7 @@ class WeightReceiver:
             self._thread = None
             self._ending.clear()
             self._end = self._error = None
-        if decided is not None:
-            self._note(decided)
-        elif self._following.torn:
-            session.phases.enter(SyncState.TORN)
-        elif self._version is not None:
-            session.phases.enter(SyncState.COMMITTED)
+        session.phases.settle(self._holding.state)
         return decided
 
     def start(self, on_update: Callable[[int], Any] | None = None) -> None:
@@ -181,14 +176,15 @@ class WeightReceiver:
             state = self._end or self.session.state
             if not connected and state not in AT_END:
                 state = SyncState.FAILED
-            torn = self._following.torn and state in AT_REST | AT_END
+            holding = self._holding
+            torn = holding.torn and state in AT_REST | AT_END
             return ReceiverStatus(
                 state=str(SyncState.TORN if torn else state),
-                version=None if torn else self._version,
-                epoch=self._epoch or self.session.epoch,
-                update_count=self._update_count,
-                last_update_time=self._last_update_time,
-                error=self._error,
+                version=None if torn else holding.version,
+                epoch=holding.epoch or self.session.epoch,
+                update_count=holding.update_count,
+                last_update_time=holding.last_update_time,
+                error=self._last_error(),
                 connected=connected,
             )
 
@@ -208,7 +204,7 @@ class WeightReceiver:
         self.session.close()
         with self._lock:
             self._end = self._end or SyncState.CLOSED
-            error, told = self._error, self._told
+            error, told = self._last_error(), self._told
             self._told = True
         if error is not None and not told:
             raise error
@@ -230,10 +226,8 @@ class WeightReceiver:
             if self._ending.is_set() and isinstance(error, (PeerLost, SessionStateError)):
                 return  # what closing looks like from here
             logger.exception("the receiver's thread ended")
-            with self._lock:
-                self._error = error
-                self._told = False
-                self._end = SyncState.FAILED
+            self._note_error(error)
+            self._end_as(SyncState.FAILED)
             # Nobody receives any more: the sender must know before its next sync.
             self.session.fail(error, ended=True)
 
@@ -241,10 +235,11 @@ class WeightReceiver:
         """Wait a little for a message and act on it; whether the thread goes on. A sync that fails
         doesn't end it while the session lasts."""
         try:
-            message = self._next(_LOOK_S)
-            if message is None:
-                return True
-            result = self._take(message)
+            with self._answering():
+                message = self._next(_LOOK_S)
+                if message is None:
+                    return True
+                result = self._take(message)
         except ContextLost:
             raise
         except PackedCommError as error:
@@ -252,15 +247,10 @@ class WeightReceiver:
                 raise
             # Its frames hold buffers, and status() may hold it for long.
             traceback.clear_frames(error.__traceback__)
-            with self._lock:
-                again = type(self._error) is type(error) is DeadlineExceeded
-                self._error = error
-                self._told = False
+            again = type(self._error) is type(error) is DeadlineExceeded
+            self._note_error(error)
             if not again:
                 logger.warning("a sync failed, the receiver goes on: %s", error)
-            if isinstance(error, DeadlineExceeded):
-                # A sender that is silent stays so for a while.
-                self._ending.wait(_LOOK_S)
             return True
         if result is None:
             return False
@@ -271,7 +261,7 @@ class WeightReceiver:
     def _next(self, timeout_s: float | None, since: int | None = None) -> Message | None:
         """What the sender says next that concerns a receiver between syncs; None if nothing came in
         time."""
-        session = self.session
+        session, decisions = self.session, self._following.decisions
         deadline = deadline_after(timeout_s)
         try:
             while True:
@@ -281,13 +271,18 @@ class WeightReceiver:
                 late = since is not None and session.number <= since
                 if isinstance(message, (Offer, NoChange)) and not (late or session.withdrawn):
                     return message
+                if isinstance(message, Commit) and decisions.in_doubt_of(message.version):
+                    if not late:
+                        return message
+                    self._take(message)
                 if isinstance(message, Cancel) and since is not None and not late:
                     raise remote_error(message, "cancelled by the sender")
                 # Of a sync that this end has left: the sender hadn't heard of that yet, or this is
                 # its answer.
                 logger.debug("skipped %s", type(message).__name__)
         except PeerLost:
-            if not session.lasts:  # else another receiver was lost
+            # Of another receiver's loss the session doesn't end.
+            if not session.lasts:
                 self._end_as(SyncState.FAILED)
             raise
 
@@ -301,55 +296,42 @@ class WeightReceiver:
             case Close():
                 self._end_as(SyncState.FAILED)
                 raise RemoteError(f"the sender has ended the session here: {message.reason}")
-            case NoChange():
-                self._accept_no_change(message)
-                return self._result(Update(message.version), begin)
-            case Offer():
+            case Offer() | NoChange() | Commit():
                 return self._result(self._update(message), begin)
         raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")
 
-    def _accept_no_change(self, message: NoChange) -> None:
-        status = self.status()
-        if status.version != message.since:
-            error = SessionStateError(
-                f"version {message.version} has the weights of version {message.since}, but this "
-                f"receiver is {status.state} at version {status.version}"
-            )
-            self.session.fail(error)
-            raise error
-        self._note(message.version)
-        self.session.reply(Committed(message.version))
-
-    def _update(self, offer: Offer) -> Update:
-        try:
-            update = self._following.receive(offer)
-        except BaseException:
-            with self._lock:
-                if self._following.torn:
-                    self._version = None
-            raise
-        self._note(update.version)
-        # It is committed, whether or not the sender hears it; the next call tells if it is lost.
-        with contextlib.suppress(PackedCommError):
-            self.session.reply(Committed(update.version))
-        self._following.plan_ahead(offer)
+    def _update(self, message: Offer | NoChange | Commit) -> Update:
+        update = self._following.receive(message)
+        if isinstance(message, Offer):
+            self._following.plan_ahead(message)
         return update
+
+    def _note_error(self, error: BaseException) -> None:
+        with self._lock:
+            self._error, self._error_at = error, self._holding.update_count
+            self._told = False
+
+    def _last_error(self) -> BaseException | None:
+        return self._error if self._error_at == self._holding.update_count else None
+
+    @property
+    def _holding(self) -> Holding:
+        return self._following.decisions.holding
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Whoever fails here, also where it only looks what has come, tells a sender that waits for
+        its answer."""
+        try:
+            yield
+        except BaseException as error:
+            if self.session.owes:
+                self.session.fail(error)
+            raise
 
     def _end_as(self, state: SyncState) -> None:
         with self._lock:
             self._end = self._end or state
-
-    def _note(self, version: int) -> None:
-        with self._lock:
-            torn = self._following.torn
-            # What is held is held, also where the session has just ended.
-            with contextlib.suppress(SessionStateError):
-                self.session.phases.enter(SyncState.TORN if torn else SyncState.COMMITTED)
-            self._version = None if torn else version
-            self._epoch = self.session.epoch
-            self._error = None
-            self._update_count += 1
-            self._last_update_time = time.time()
 
     def _result(self, update: Update, begin: float) -> SyncResult:
         return SyncResult(

@@ -177,7 +177,7 @@ class FullWeightSender:
             self._raise_shared()
         else:
             self._in_step = False
-            with self._sharing_failure():
+            with self._leading.failing(), self._sharing_failure():
                 self._leading.announce_no_change(version, self.version)
             self._in_step = True
         self.version = version
@@ -203,18 +203,15 @@ class FullWeightSender:
     def _lead(
         self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
-        try:
+        with leading.failing():
             with self._sharing_failure():
                 leading.assemble(seconds)
                 leading.agree(snapshot, version, seconds)
-        except BaseException as error:
-            leading.give_up(error)
-            raise
-        gathered = self._gathered(snapshot)
-        with self._sharing_failure(gathered):
-            leading.move(snapshot, gathered, version, seconds)
-            digests = leading.verify(seconds)
-            changes = leading.commit(version, seconds)
+            gathered = self._gathered(snapshot)
+            with self._sharing_failure(gathered):
+                leading.move(snapshot, gathered, version, seconds)
+                digests = leading.verify(seconds)
+                changes = leading.commit(version, seconds)
         return digests, changes
 
     def _gathered(self, snapshot: Snapshot) -> Iterator[Sequence[Part]]:

@@ -18,7 +18,7 @@ class ShownDigests:
     """Wraps a callback: digests of the tensors that it is shown, by name."""
 
     def __init__(
-        self, version: int, callback: Callable[..., Any], on_shown: Callable[[list[str]], None]
+        self, version: int, callback: Callable[..., Any], on_shown: Callable[[], None]
     ) -> None:
         self._version = version
         self._callback = callback
@@ -33,7 +33,7 @@ class ShownDigests:
             self._found.append(([name for name, _ in items], plan.run()))
         # What the callback makes of it can't be known: until the commit it may be part of two
         # versions.
-        self._on_shown([name for name, _ in items])
+        self._on_shown()
         self._callback(self._version, items)
 
     def take(self, manifest: Manifest) -> torch.Tensor:

@@ -30,8 +30,9 @@ from packedcomm.settings import Settings
 
 __all__ = ["Dialogue"]
 
-# While data moves: how long after a receiver's failure the others are still waited for. They may be
-# waiting themselves, for what the one that failed would have passed on or for this end's word.
+# How long after a receiver's loss, while data moves also after its failure, the others are still
+# waited for. They may be busy for long, or be waiting themselves: for what it would have passed on,
+# or for this end's word.
 _CUT_SHORT_S = 0.2
 
 # Beats that a peer has missed when a deadline passes, if it is to be the reason.
@@ -112,16 +113,19 @@ class Dialogue(SessionEnd):
         timeout_s: float | None = None,
         *,
         ranks: Container[int] | None = None,
+        decided: bool = False,
     ) -> list[Message]:
         """Wait for every receiver's answer to the last message that it was sent.
 
-        Except while data moves a receiver's failure doesn't cut the wait for the others short, so
-        that none of them is in the middle of something when this raises.
+        A receiver that fails doesn't cut the wait for the others short, except while data moves, so
+        that none of them is in the middle of something when this raises. One that is lost does.
 
         Args:
             expect: the kind of answer, or several.
             what: what was asked, for messages.
             timeout_s, ranks: as for `ask`.
+            decided: whether what was asked can't be taken back, so that all the others are waited
+                for even if one is lost.
 
         Raises:
             PackedCommError: a receiver failed: the same class as there if it is one of
@@ -149,12 +153,18 @@ class Dialogue(SessionEnd):
                     elif answer is not None:
                         found[member.rank] = answer
                         member.awaited = False
+            lost = {} if decided else {m.rank: m.lost for m in self.members.connected if m.lost}
+            # Also of those that have answered; their last words say more.
+            failures = {**lost, **failures}
             waiting = [m for m in members if m.rank not in found and m.rank not in failures]
             if not waiting:
                 break
+            if (interruption := self.phases.interruption) is not None:
+                # The supervisor has heard it first, and what it has cancelled isn't looked at here.
+                raise interruption
             now = time.monotonic()
             remaining = deadline - now
-            if failures and self.state is SyncState.MOVING:
+            if lost or (failures and self.state is SyncState.MOVING):
                 cut_at = cut_at or now + _CUT_SHORT_S
                 if now >= cut_at:
                     break

@@ -240,7 +240,7 @@ class Offer(Message):
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
-    """The receiver agrees to what is offered."""
+    """The receiver agrees to what is offered; to `NoChange` this is its vote."""
 
     from_receiver = True
 
@@ -278,6 +278,9 @@ class NoChange(Message):
 
     since: Version
     """The version whose bytes these are."""
+
+    number: Count = 0
+    """As an offer's: it is decided and committed as a sync is."""
 
 
 @dataclass(frozen=True, slots=True)

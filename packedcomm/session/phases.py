@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from packedcomm.errors import ArgumentError, DeadlineExceeded, PackedCommError
+from packedcomm.errors import ArgumentError, DeadlineExceeded, PackedCommError, SessionStateError
 from packedcomm.session.flight import FlightRecord
 from packedcomm.session.states import AT_END, AT_REST, SyncState, next_state
 
@@ -95,10 +96,10 @@ class Phases:
                 self._rest = following
         self._flight.note("state", state=str(state))
 
-    def tear(self) -> None:
-        """After a failed sync that has left part of the weights new, part old."""
-        if self._present.state not in AT_END:
-            self.enter(SyncState.TORN)
+    def settle(self, state: SyncState) -> None:
+        """Go to a state of rest; after the end of the session nothing happens."""
+        with contextlib.suppress(SessionStateError):
+            self.enter(state)
 
     def rest(self) -> None:
         """After a failed sync: back to the state of rest that it began in. After the end of the

@@ -28,10 +28,13 @@ from packedcomm.session.messages import (
     Beat,
     Cancel,
     Close,
+    Commit,
     Connect,
     Connected,
     Failure,
     Message,
+    NoChange,
+    Offer,
     Present,
     Refused,
     Transport,
@@ -44,6 +47,8 @@ from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
+
+_ANSWERED = (Assemble, Offer, NoChange, Commit)
 
 
 class ReceiverSession(SessionEnd):
@@ -66,9 +71,13 @@ class ReceiverSession(SessionEnd):
         self.rank, self.world_size = 0, 0
         # Messages that nobody has taken yet, and what came instead of one.
         self._inbox: deque[tuple[int, Message | ProtocolError]] = deque()
+        self._frames: deque[bytes] = deque()
         self._number = 0
+        self._owes = False
         self._left: str | None = None
         self._heard = time.monotonic()
+        # When it was last said that nothing is heard.
+        self._complained = self._heard
         self._sender_state = SyncState.IDLE
         self._sender_waits_for = ""
         self._channel: ReceiverChannel = ReceiverChannel(address, secret, settings, deadline)
@@ -142,14 +151,18 @@ class ReceiverSession(SessionEnd):
         while True:
             self._check_open("receive")
             if self._inbox:
-                self._number, message = self._inbox.popleft()
+                number, message = self._inbox[0]
+                # Before it is taken, so that whoever is interrupted knows of it.
+                self._number, self._owes = number, isinstance(message, _ANSWERED)
+                self._inbox.popleft()
                 if isinstance(message, ProtocolError):
                     raise message
                 if isinstance(message, Close):
                     self._left = message.reason
                 if not isinstance(message, Assemble):
                     return message
-                self._join(message)
+                if not self.withdrawn:
+                    self._join(message)
                 continue
             if self._left is not None:
                 raise SessionStateError(
@@ -161,6 +174,7 @@ class ReceiverSession(SessionEnd):
                 # Unless nobody has looked for so long.
                 self._pump(0.0)
                 if (silent := self._silent()) is not None:
+                    self._complained = time.monotonic()
                     raise silent
                 continue
             remaining = deadline - time.monotonic()
@@ -179,6 +193,7 @@ class ReceiverSession(SessionEnd):
         """
         self._check_open("reply")
         self._channel.send(encode(message, self._number, self.settings))
+        self._owes = False
 
     def fail(self, error: BaseException, *, ended: bool = False) -> None:
         """Tell the sender that this receiver failed. Never raises: the error matters more.
@@ -212,6 +227,11 @@ class ReceiverSession(SessionEnd):
         return self._number
 
     @property
+    def owes(self) -> bool:
+        """Whether the sender waits for an answer to that message."""
+        return self._owes
+
+    @property
     def withdrawn(self) -> bool:
         """Whether the sender has given up meanwhile what that message was about."""
         return any(isinstance(m, Cancel) for _, m in list(self._inbox))
@@ -224,9 +244,11 @@ class ReceiverSession(SessionEnd):
         return next((m.untouched for m in cancels), False)
 
     def _silent(self) -> DeadlineExceeded | None:
-        silence = time.monotonic() - self._heard
-        if silence <= self.settings.heartbeat_timeout_s:
+        """Said once in so long a silence, so that who asks again has to wait again."""
+        now = time.monotonic()
+        if now - max(self._heard, self._complained) <= self.settings.heartbeat_timeout_s:
             return None
+        silence = now - self._heard
         return DeadlineExceeded(
             f"{self._whom()} has been silent for {silence:.1f} s{self._during()}: its process is "
             "stopped or hangs"
@@ -236,11 +258,13 @@ class ReceiverSession(SessionEnd):
         return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
 
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
-        for frame in self._channel.wait(timeout_s, soon=soon):
+        # Whoever is interrupted from here on leaves what it hasn't sorted to the next one.
+        self._frames.extend(self._channel.wait(timeout_s, soon=soon))
+        while self._frames:
             self._heard = time.monotonic()
             message: Message | ProtocolError
             try:
-                number, message = decode(frame, self.settings)
+                number, message = decode(self._frames[0], self.settings)
                 if not message.from_sender:
                     raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
             except ProtocolError as error:
@@ -248,8 +272,10 @@ class ReceiverSession(SessionEnd):
             if isinstance(message, Beat):
                 self._sender_state = SyncState(message.state)
                 self._sender_waits_for = message.waits_for
+                self._frames.popleft()
             else:
-                self._inbox.append((number, message))
+                # One statement, so that it is neither lost nor taken twice.
+                self._inbox.extend([(number, message)] if self._frames.popleft() else [])
 
     def _give_more_time(self, seconds: float) -> None:
         self._heard += seconds

@@ -1,0 +1,211 @@
+"""Ctrl-C, or an error out of nowhere, at many points of a sync: what is shown is what is held, and
+the next sync works at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from packedcomm import (
+    FullWeightSender,
+    StagedTarget,
+    TensorTarget,
+    WeightReceiver,
+    decisions,
+    following,
+    holding,
+    leading,
+    receivers,
+    senders,
+)
+from packedcomm.errors import PackedCommError
+from packedcomm.session import dialogue
+from packedcomm.session import receiver as receiver_session
+from tests.helpers.in_process import Round, sessions
+from tests.helpers.sessions import QUICK
+
+# What a sync may take after an interrupt; nobody may be waited for until its deadline.
+SOON_S = 3.0
+
+SENDER = (senders, leading, dialogue)
+RECEIVER = (receivers, following, decisions, holding, receiver_session)
+
+
+class Interrupt:
+    """Raises `KeyboardInterrupt` at the n-th line that a thread runs in some modules, once."""
+
+    def __init__(self, modules, number):
+        self._files = {module.__file__ for module in modules}
+        self._left = number
+        self.where = None
+
+    def run(self, function):
+        """Call it, interrupted or not; returns what it raised."""
+        sys.settrace(self._call)
+        try:
+            function()
+        except (KeyboardInterrupt, PackedCommError) as error:
+            return error
+        finally:
+            sys.settrace(None)
+        return None
+
+    def _call(self, frame, event, argument):
+        return self._line if frame.f_code.co_filename in self._files else None
+
+    def _line(self, frame, event, argument):
+        if event == "line" and self.where is None:
+            self._left -= 1
+            if not self._left:
+                self.where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+class Pair:
+    """A sender and two receivers in threads of their own, which go on whatever they raise."""
+
+    def __init__(self, session, ends, staged):
+        self.live = [{name: torch.zeros(8) for name in "ab"} for _ in ends]
+        targets = [TensorTarget(live) for live in self.live]
+        self.receivers = [
+            WeightReceiver(StagedTarget(target) if staged else target, end)
+            for target, end in zip(targets, ends, strict=True)
+        ]
+        self.source = {name: torch.zeros(8) for name in "ab"}
+        self.sender = FullWeightSender(self.source, session, verify=True)
+        self.values = {}
+        self.interrupt = None
+        self._value = 0.0
+        self._threads = [threading.Thread(target=self._loop, args=(i,)) for i in range(len(ends))]
+        for thread in self._threads:
+            thread.start()
+
+    def _loop(self, index):
+        receiver = self.receivers[index]
+        while receiver.session.lasts:
+            interrupt = self.interrupt if index == 0 and self.interrupt else Interrupt((), 0)
+            interrupt.run(lambda: receiver.receive(0.2))
+
+    def sync(self, interrupt=None):
+        """Send other weights; how long it took, and what it raised."""
+        self._value += 1.0
+        for tensor in self.source.values():
+            tensor.fill_(self._value)
+        begin = time.monotonic()
+        error = (interrupt or Interrupt((), 0)).run(self.sender.sync)
+        decided = self.sender._leading.decided_version
+        self.values.setdefault(decided, self._value)
+        return time.monotonic() - begin, error
+
+    def check(self):
+        """Whoever shows a version holds the weights that were decided under it."""
+        for receiver, live in zip(self.receivers, self.live, strict=True):
+            before = receiver.status()
+            held = {value for tensor in live.values() for value in tensor.tolist()}
+            if before.state == "committed" and receiver.status() == before:
+                assert held == {self.values[before.version]}
+
+    def end(self):
+        self.sender._session.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+# Every so many lines, so that all of them together are a few dozen points.
+@pytest.mark.fault(19, 20)
+@pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("first", [1, 8])
+def test_a_sender_interrupted_anywhere_costs_that_sync_and_nobodys_time(staged, first):
+    settings = replace(QUICK, heartbeat_interval_s=10.0)
+    with sessions(2, settings) as (session, ends):
+        pair = Pair(session, ends, staged)
+        pair.sync()
+        for number in range(first, 10_000, 14):
+            interrupt = Interrupt(SENDER, number)
+            for spent, error in (pair.sync(interrupt), pair.sync()):
+                assert spent < SOON_S, (interrupt.where, error)
+            assert error is None, interrupt.where
+            pair.check()
+            if interrupt.where is None:
+                break
+        assert number > 100
+        pair.end()
+
+
+@pytest.mark.fault(19, 20)
+@pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("first", [1, 8])
+def test_a_receiver_interrupted_anywhere_shows_what_it_holds_and_is_waited_for_by_nobody(
+    staged, first
+):
+    settings = replace(QUICK, heartbeat_interval_s=10.0)
+    with sessions(2, settings) as (session, ends):
+        pair = Pair(session, ends, staged)
+        pair.sync()
+        for number in range(first, 300, 14):
+            pair.interrupt = Interrupt(RECEIVER, number)
+            deadline = time.monotonic() + 10
+            while pair.interrupt.where is None and time.monotonic() < deadline:
+                spent, error = pair.sync()
+                assert spent < SOON_S, (pair.interrupt.where, error)
+            assert pair.interrupt.where is not None
+            # The failure may be known only now.
+            told = [pair.sync() for _ in range(2)]
+            assert max(spent for spent, _ in told) < SOON_S, (pair.interrupt.where, told)
+            assert told[-1][1] is None, (pair.interrupt.where, told)
+            pair.check()
+        pair.end()
+
+
+@pytest.mark.fault(19, 20)
+@pytest.mark.parametrize("staged", [True, False])
+def test_what_fails_after_the_commit_leaves_the_new_version_over_the_new_weights(staged):
+    live = {"w": torch.zeros(4)}
+    sent = {"w": torch.ones(4)}
+    with sessions(1) as (session, (end,)):
+        target = TensorTarget(live)
+        receiver = WeightReceiver(StagedTarget(target) if staged else target, end)
+        sender = FullWeightSender(sent, session, verify=True)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        sent["w"].fill_(9.0)
+
+        def fail(*arguments):
+            raise MemoryError("no memory to count")
+
+        receiver._following._changes.count = fail
+        outcome = Round(sender.sync, [receiver])
+        assert outcome.sent.version == 1
+        assert isinstance(outcome.received[0], MemoryError)
+        status = receiver.status()
+        assert (status.version, status.ready, live["w"].tolist()) == (1, True, [9.0] * 4)
+
+
+@pytest.mark.fault(19, 20)
+def test_what_fails_while_the_commit_copies_is_torn_and_the_sender_hears_of_it():
+    live, sent = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    with sessions(1) as (session, (end,)):
+        target = StagedTarget(TensorTarget(live))
+        receiver = WeightReceiver(target, end)
+        sender = FullWeightSender(sent, session, verify=True)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        commit = target.commit
+
+        def fail(manifest):
+            target.commit = commit
+            raise ZeroDivisionError("half-way")
+
+        target.commit = fail
+        begin = time.monotonic()
+        assert "half-way" in str(Round(sender.sync, [receiver]).sent)
+        assert time.monotonic() - begin < SOON_S
+        assert (receiver.status().state, receiver.status().version) == ("torn", None)
+        sent["w"].fill_(2.0)
+        assert Round(sender.sync, [receiver]).sent.version == 2
+        assert receiver.status().version == 2
