@@ -82,7 +82,9 @@ class Pair:
         self.values = {}
         self.interrupt = None
         self._value = 0.0
-        self._threads = [threading.Thread(target=self._loop, args=(i,)) for i in range(len(ends))]
+        self._threads = [
+            threading.Thread(target=self._loop, args=(i,), daemon=True) for i in range(len(ends))
+        ]
         for thread in self._threads:
             thread.start()
 
