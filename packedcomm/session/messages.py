@@ -384,24 +384,7 @@ class Close(Message):
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
-        Hello,
-        Welcome,
-        Refused,
-        Assemble,
-        Present,
-        Connect,
-        Connected,
-        Offer,
-        Proceed,
-        Ready,
-        NeedManifest,
-        NoChange,
-        Staged,
-        Commit,
-        Committed,
-        Cancel,
-        Failure,
-        Beat,
-        Close,
+        Hello, Welcome, Refused, Assemble, Present, Connect, Connected, Offer, Proceed, Ready,
+        NeedManifest, NoChange, Staged, Commit, Committed, Cancel, Failure, Beat, Close,
     )
-}
+}  # fmt: skip

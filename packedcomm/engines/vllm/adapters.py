@@ -293,6 +293,10 @@ class LiveAdapter:
         """What the parts are views of; vLLM's slots are not."""
         return self._target.memory
 
+    def zeroed(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        """See `Target`."""
+        return self._target.zeroed(self._own_part(manifest))
+
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """This rank's boxes of each tensor.
 

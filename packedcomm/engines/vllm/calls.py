@@ -157,8 +157,11 @@ def decisive(session: BaseException, engine: PackedCommError) -> BaseException:
     """Which of two errors of one failed update to raise: the session's, unless only the engine's
     says what the matter is. The other one becomes a note of it."""
     first, second = session, engine
-    if isinstance(session, _MAYBE_CAUSED_ELSEWHERE) and not isinstance(
-        engine, _MAYBE_CAUSED_ELSEWHERE
+    # Some classes don't cross a session; the engine's error still has its own.
+    unnamed = type(session) is RemoteError and f"{type(engine).__name__}: " in str(session)
+    if unnamed or (
+        isinstance(session, _MAYBE_CAUSED_ELSEWHERE)
+        and not isinstance(engine, _MAYBE_CAUSED_ELSEWHERE)
     ):
         first, second = engine, session
     who = "the engine" if second is engine else "the session"
