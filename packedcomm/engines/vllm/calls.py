@@ -156,7 +156,8 @@ def typed(error: BaseException, where: str) -> PackedCommError:
 def decisive(session: BaseException, engine: PackedCommError) -> BaseException:
     """Which of two errors of one failed update to raise: the session's, unless only the engine's
     says what the matter is. The other one becomes a note of it."""
-    first, second = session, engine
+    first: BaseException = session
+    second: BaseException = engine
     # Some classes don't cross a session; the engine's error still has its own.
     unnamed = type(session) is RemoteError and f"{type(engine).__name__}: " in str(session)
     if unnamed or (
