@@ -13,7 +13,14 @@ from packedcomm.engines.vllm import stock
 from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine, LocalEngine, RayEngine
 from packedcomm.engines.vllm.markers import marked, unmarked
 from packedcomm.engines.vllm.stock import StockReceiver, StockSender, StockWire
-from packedcomm.errors import ArgumentError, ManifestError, PeerLost, RemoteError, VersionMismatch
+from packedcomm.errors import (
+    ArgumentError,
+    ContextLost,
+    ManifestError,
+    PeerLost,
+    RemoteError,
+    VersionMismatch,
+)
 from tests.helpers.sessions import QUICK
 from tests.helpers.vllm_server import VllmServer
 
@@ -220,6 +227,8 @@ def test_markers_survive_what_vllm_does_to_text():
     other = unmarked(marked(KeyError("q")))
     assert (type(other), str(other)) == (RemoteError, "KeyError: 'q'")
     assert type(unmarked("[packedcomm:listed] text")) is RemoteError
+    lost = unmarked(marked(ContextLost("it must end")))
+    assert (type(lost), str(lost)) == (PeerLost, "ContextLost: it must end")
     assert unmarked("[packedcomm] text") is None
 
 

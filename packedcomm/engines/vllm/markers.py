@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from packedcomm import errors
-from packedcomm.errors import PackedCommError, RemoteError
+from packedcomm.errors import ContextLost, PackedCommError, PeerLost, RemoteError
 
 __all__ = ["marked", "unmarked"]
 
@@ -42,14 +42,17 @@ def unmarked(text: str) -> PackedCommError | None:
         text: of an exception, or of an HTTP body.
 
     Returns:
-        An error of the class that is named; a `RemoteError` if packedcomm has no such class. None
-        if nothing in the text is marked.
+        An error of the class that is named; a `RemoteError` if packedcomm has no such class; for
+        `ContextLost`, which is about the worker's process, `PeerLost`. None if nothing in the text
+        is marked.
     """
     marks = list(_MARK.finditer(text))
     if not marks:
         return None
     name, message = marks[-1][1], _AFTER.sub("", text[marks[-1].end() :])
     found = getattr(errors, name, None) if name in errors.__all__ else None
+    if found is ContextLost:
+        return PeerLost(f"{name}: {message}")
     if isinstance(found, type) and issubclass(found, PackedCommError):
         return found(message)
     return RemoteError(f"{name}: {message}")
