@@ -1,9 +1,16 @@
-"""The marker `gpu(count)`: a test that needs GPUs says how many and is skipped, with the reason."""
+"""The marker `gpu(count)`: a test that needs GPUs says how many and is skipped, with the reason.
+And a resolver that gives up early."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# torch's TCPStore asks for the name of every address that it connects to. Where nobody answers that
+# takes 5 s and more, which no deadline of a test allows for; processes inherit this.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

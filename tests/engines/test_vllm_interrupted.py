@@ -21,6 +21,14 @@ def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"a.weight": torch.full((33, 7), value), "b.bias": torch.full((5,), -value)}
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell may have started the tests with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def server():
     with VllmServer(weights()) as started:
