@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out is not None:
         cores = record["machine"]["cores"]
         name = f"session-overhead-{arguments.device}-{cores}cores-{arguments.receivers}.json"
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / name).write_text(json.dumps(record, indent=2) + "\n")
     return 1 if wrong or overhead > _MOST_US else 0
 
