@@ -7,10 +7,12 @@ To be imported before vllm, which reads some of what is set here at once.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 
 import pytest
 import torch
+import zmq
 
 if torch.cuda.device_count() == 1:
     pytest.skip("on GPUs the trainer needs one of its own", allow_module_level=True)
@@ -58,6 +60,8 @@ OPTIONS = {
 # Log-probabilities differ by so much where nothing is wrong: by what float16 loses, and where
 # matrices of float32 are multiplied as of tf32.
 TOLERANCE = {torch.float16: 0.1, torch.float32: 0.03 if GPUS > 1 else 2e-4}
+# Kept until the process ends.
+_CONTEXTS = []
 PROMPTS = ([1, 5, 9, 7, 300, 411], [3, 100, 200])
 TOKENS = 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -165,6 +169,10 @@ class Engine:
         return result
 
     def close(self):
+        # vLLM leaves the contexts of its queues to the garbage collector, which it calls here. Of a
+        # cycle, such as an exception's frames make, it may end a context before its sockets, and
+        # waits for them for ever.
+        _CONTEXTS.extend(each for each in gc.get_objects() if isinstance(each, zmq.Context))
         self.llm.llm_engine.engine_core.shutdown()
 
     @property
