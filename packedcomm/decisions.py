@@ -74,6 +74,12 @@ class Decisions:
         self.holding = self.holding.failed()
         self._session.phases.settle(self.holding.state)
 
+    def lose(self) -> None:
+        """All memory has been given other contents."""
+        self._doubt = None
+        self.holding = self.holding.lost()
+        self._session.phases.settle(self.holding.state)
+
     def confirm(self, message: NoChange) -> None:
         """Give the weights that are held another version."""
         held = self.holding
@@ -88,8 +94,9 @@ class Decisions:
     def vote(self, vote: Vote, message: Staged | Ready) -> None:
         """Tell the sender that all is there, and commit it when it says so. Whoever loses it
         between the two can't know what it has decided."""
-        self._session.reply(message)
+        # Before it is on its way: the sender may decide it whatever happens here.
         self._doubt = vote
+        self._session.reply(message)
         decided = self.expect("commit", vote.nbytes, Commit)
         if decided.version != vote.version:
             raise ProtocolError(
@@ -99,9 +106,14 @@ class Decisions:
 
     def commit_in_doubt(self) -> Vote:
         """Commit what this receiver has voted for: the sender says so, now or late."""
-        vote, self._doubt = self._doubt, None
+        vote = self._doubt
         assert vote is not None
-        self._commit(vote)
+        try:
+            self._commit(vote)
+        except Exception:
+            self._doubt = None
+            raise
+        self._doubt = None
         # It is committed, whether or not the sender hears it; the next call tells if it is lost.
         with contextlib.suppress(PackedCommError):
             self._session.reply(Committed(vote.version))

@@ -22,7 +22,9 @@ class Target(Protocol):
     was replaced. A target with many parts in few tensors gives these by an attribute `memory`, a
     sequence of tensors, so that only they are looked at before a transfer. One whose `commit`
     overwrites more than the parts gives that memory by a method `zeroed(manifest)`, a sequence of
-    tensors, so that it isn't taken for torn after a failure that is made good.
+    tensors, so that it isn't taken for torn after a failure that is made good. And where a manifest
+    is all that a target, or a callback, ever holds, this says so by an attribute `whole = True`:
+    when it has been committed nothing is torn any more.
     """
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:

@@ -193,8 +193,9 @@ class Following:
         shown = None
         staged = isinstance(target, StagedTarget)
         verify = offer.verify == "always" or (offer.verify == "staged" and staged)
+        whole = bool(getattr(target, "whole", False))
         if not is_target(target):
-            writing = Writing(manifest, None, tuple(self._manifests.values()))
+            writing = Writing(manifest, None, whole)
             target = shown = ShownDigests(
                 offer.version, target, partial(self.decisions.begin, writing)
             )
@@ -234,10 +235,10 @@ class Following:
             self._held_before = self.decisions.holding
             if staged:
                 pairs = target.staged_pairs(manifest)
-                writing = Writing(manifest, lambda: [pair.live for pair in pairs])
+                writing = Writing(manifest, lambda: [pair.live for pair in pairs], whole)
             elif plan is not None:
                 destinations = plan.destinations
-                writing = Writing(manifest, lambda: destinations)
+                writing = Writing(manifest, lambda: destinations, whole)
                 self.decisions.begin(writing)
             with abort_on_failure(group, "sync"):
                 receiving.run(manifest, memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
@@ -16,6 +16,8 @@ from packedcomm.session.states import SyncState
 
 __all__ = ["Holding", "Vote", "Writing"]
 
+logger = logging.getLogger("packedcomm")
+
 
 @dataclass(frozen=True, slots=True)
 class Writing:
@@ -26,8 +28,8 @@ class Writing:
     memory: Callable[[], Sequence[torch.Tensor]] | None
     """Where it goes, asked for when it matters; None where only a callback knows."""
 
-    known: tuple[Manifest, ...] = ()
-    """For a callback: everything that has been sent lately."""
+    whole: bool = False
+    """Whether it is all that there is to be held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +60,41 @@ class Torn:
     names: Set[str]
 
     ranges: torch.Tensor | None
-    """Bytes; None where only a callback knows."""
-
-    elements: int
-    """For a callback: of all tensors that had been sent up to then, each name once."""
+    """Bytes; None where only a callback knows, or there are too many pieces."""
 
     @classmethod
     def by(cls, writing: Writing) -> Torn:
         """What a sync leaves that failed while it wrote."""
-        ranges = None if writing.memory is None else byte_ranges(writing.memory())
-        sizes = {spec.name: math.prod(spec.shape) for m in writing.known for spec in m.specs}
-        return cls(writing.manifest.by_name.keys(), ranges, sum(sizes.values()))
+        ranges = None if writing.memory is None else _ranges(writing.memory)
+        return cls(writing.manifest.by_name.keys(), ranges)
 
-    def without(self, manifest: Manifest, written: torch.Tensor) -> Torn | None:
+    def without(self, manifest: Manifest, written: torch.Tensor | None) -> Torn | None:
         """What is left when a manifest's tensors have been written whole; None if nothing is.
 
         Names that are sent again count, wherever they go now; and memory that is written, under
-        whatever names. For a callback a sync as large as all that it may hold is all of it.
+        whatever names.
 
         Args:
             manifest: what was written.
-            written: the bytes that it went to.
+            written: the bytes that it went to, if they are known.
         """
         names = self.names - manifest.by_name.keys()
-        if self.ranges is None:
-            whole = sum(math.prod(spec.shape) for spec in manifest.specs) >= self.elements
-            return replace(self, names=names) if names and not whole else None
+        if not names:
+            return None
+        if self.ranges is None or written is None:
+            return replace(self, names=names)
         ranges = ranges_without(self.ranges, written)
-        return replace(self, names=names, ranges=ranges) if names and len(ranges) else None
+        return replace(self, names=names, ranges=ranges) if len(ranges) else None
+
+
+def _ranges(memory: Callable[[], Sequence[torch.Tensor]]) -> torch.Tensor | None:
+    """The bytes of some memory, if they can be told: this is asked after failures, and must not
+    fail."""
+    try:
+        return byte_ranges(memory())
+    except Exception:
+        logger.warning("what is torn is known by names only", exc_info=True)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,14 @@ class Holding:
         torn = (*self.torn_before, Torn.by(self.writing))
         return replace(self, writing=None, torn_before=torn)
 
+    def lost(self) -> Holding:
+        """When all memory has been given other contents: torn until a sync that is whole."""
+        if self.committed is None and not self.torn:
+            return self
+        failed = self.failed()
+        # No tensor has this name.
+        return replace(failed, torn_before=(*failed.torn_before, Torn(frozenset([""]), None)))
+
     def after(self, vote: Vote, zeroed: Callable[[], Sequence[torch.Tensor]] = tuple) -> Holding:
         """When a version has been committed.
 
@@ -145,8 +162,10 @@ class Holding:
         """
         torn = (self if self.writing is vote.writing else self.failed()).torn_before
         if torn and vote.writing is not None:
+            if vote.writing.whole:
+                return Holding(vote.version, vote.epoch, self.update_count + 1, time.time())
             memory = vote.writing.memory or tuple
-            written = byte_ranges([*memory(), *zeroed()])
+            written = _ranges(lambda: [*memory(), *zeroed()])
             left = [part.without(vote.writing.manifest, written) for part in torn]
             torn = tuple(part for part in left if part is not None)
         return Holding(vote.version, vote.epoch, self.update_count + 1, time.time(), None, torn)

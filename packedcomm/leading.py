@@ -13,7 +13,7 @@ import torch
 
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.copying import Part
-from packedcomm.errors import PackedCommError, ProtocolError, SessionStateError
+from packedcomm.errors import PackedCommError, ProtocolError, RemoteError, SessionStateError
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.manifest import Manifest
 from packedcomm.planning.chunks import chunk_rule
@@ -316,8 +316,9 @@ class Leading:
                 raise
             moving = session.state is SyncState.MOVING
             cause = await_cause(error, session.failure) if moving else None
-            # A receiver that agrees but has no communicator tells that this end's is of no use.
-            useless = self._awaited or isinstance(error, SessionStateError)
+            # A receiver that agrees but has no communicator tells that this end's is of no use: its
+            # `SessionStateError` is a `RemoteError` here.
+            useless = self._awaited or isinstance(error, (SessionStateError, RemoteError))
             decided = session.decided == self._number
             session.fail_sync(cause or error, transport_too=useless, decided=decided)
             self._under_way = False

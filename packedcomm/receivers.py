@@ -148,6 +148,12 @@ class WeightReceiver:
         session.phases.settle(self._holding.state)
         return decided
 
+    def lose_weights(self) -> None:
+        """Something else has overwritten or discarded what was received, such as an engine that
+        sleeps: it is torn until a sync for which the target says that it is `whole` (see `Target`).
+        To be called between syncs, on the receiving thread."""
+        self._following.decisions.lose()
+
     def start(self, on_update: Callable[[int], Any] | None = None) -> None:
         """Receive in a background thread until the sender closes the session.
 

@@ -115,18 +115,11 @@ def agreed_transport(sender: Hello, receiver: Hello, rank: int) -> Transport:
         (sender, own, receiver, other),
         (receiver, other, sender, own),
     ):
-        # As `Settings` demands of one side.
-        if 2 * speaks.heartbeat_interval_s > hears.heartbeat_timeout_s:
+        if speaks.heartbeat_interval_s >= hears.heartbeat_timeout_s:
             raise ConfigMismatch(
-                f"heartbeat_timeout_s of {hearer} is {hears.heartbeat_timeout_s:g}, less than "
-                f"twice heartbeat_interval_s of {speaker}, {speaks.heartbeat_interval_s:g}"
+                f"heartbeat_timeout_s of {hearer} is {hears.heartbeat_timeout_s:g}, and "
+                f"heartbeat_interval_s of {speaker} {speaks.heartbeat_interval_s:g}"
             )
-    if sender.max_frame_bytes != receiver.max_frame_bytes:
-        # ZeroMQ would end the connection at the first message that is too large for one side only.
-        raise ConfigMismatch(
-            f"max_frame_bytes of {own} is {sender.max_frame_bytes:,}, of {other} "
-            f"{receiver.max_frame_bytes:,}"
-        )
     return "nccl" if sender.device == "cuda" else "gloo"
 
 

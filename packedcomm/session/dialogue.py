@@ -13,6 +13,7 @@ import torch
 
 from packedcomm.errors import (
     ArgumentError,
+    ConfigMismatch,
     DeadlineExceeded,
     PackedCommError,
     ProtocolError,
@@ -280,10 +281,19 @@ class Dialogue(SessionEnd):
                 # One message to all is one frame: with a manifest it has megabytes.
                 if id(said) not in frames:
                     frames[id(said)] = encode(said, self._number, self.settings)
+                self._check_size(member, len(frames[id(said)]))
                 member.asked = self._number
                 if member.lost is None and not self._channel.send(member.peer, frames[id(said)]):
                     member.disconnect(self._during())
             return self._number
+
+    def _check_size(self, member: Member, nbytes: int) -> None:
+        # ZeroMQ would end the connection without a word.
+        if nbytes > member.hello.max_frame_bytes:
+            raise ConfigMismatch(
+                f"a message has {nbytes:,} bytes, max_frame_bytes of {member.name} is "
+                f"{member.hello.max_frame_bytes:,}, of the sender {self.settings.max_frame_bytes:,}"
+            )
 
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
         frames, gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from packedcomm import Session, errors
+from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver, errors
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -24,6 +24,8 @@ from packedcomm.session.agreement import agreed_transport, choose_device, own_he
 from packedcomm.session.messages import Failure, Hello, Refused
 from packedcomm.session.remote_errors import combined, described, remote_error
 from packedcomm.settings import DEFAULTS, Settings
+from tests.helpers.in_process import Round
+from tests.helpers.sessions import QUICK
 
 CPU = Hello("0.1.0", 11, "here", "cpu")
 GPU = Hello("0.1.0", 12, "there", "cuda", "2.28.9", "/lib/one/libnccl.so.2")
@@ -67,12 +69,10 @@ def test_other_package_and_format_versions_are_named():
             ["heartbeat_timeout_s of the sender", "is 4,", "interval_s of receiver rank 1", " 10"],
         ),
         (
-            {"heartbeat_interval_s": 2.5},
+            {"heartbeat_interval_s": 4.5, "heartbeat_timeout_s": 30.0},
             {"heartbeat_timeout_s": 4.0},
-            ["heartbeat_timeout_s of receiver rank 1", "is 4,", "interval_s of the sender", " 2.5"],
+            ["heartbeat_timeout_s of receiver rank 1", "is 4,", "interval_s of the sender", " 4.5"],
         ),
-        ({}, {"max_frame_bytes": 1000}, ["max_frame_bytes of the sender", "67,108,864", "1,000"]),
-        ({"max_frame_bytes": 1000}, {}, ["max_frame_bytes of the sender", "67,108,864", "1,000"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_with_both_values(sender, receiver, parts):
@@ -89,8 +89,34 @@ def test_settings_that_do_not_go_together_are_named_with_both_values(sender, rec
 
 
 def test_settings_may_differ_where_they_go_together():
-    slow = dataclasses.replace(CPU, heartbeat_interval_s=2.0, heartbeat_timeout_s=4.0)
-    assert agreed_transport(CPU, slow, 1) == agreed_transport(slow, CPU, 1) == "gloo"
+    slow = dataclasses.replace(CPU, heartbeat_interval_s=3.0, heartbeat_timeout_s=4.0)
+    small = dataclasses.replace(slow, max_frame_bytes=1000)
+    for one, other in ((CPU, slow), (slow, CPU), (CPU, small), (small, CPU)):
+        assert agreed_transport(one, other, 1) == "gloo"
+
+
+@pytest.mark.fault(12)
+def test_a_manifest_that_a_receiver_would_not_take_is_refused_before_it_is_sent():
+    tensors = {f"{number}.weight": torch.ones(2) for number in range(200)}
+    small = dataclasses.replace(QUICK, max_frame_bytes=4000)
+    with (
+        Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session,
+        Session.connect(session.address, device="cpu", settings=small) as end,
+    ):
+        received = {name: torch.zeros(2) for name in tensors}
+        receiver = WeightReceiver(TensorTarget(received, partial=True), end)
+        some = dict(list(tensors.items())[:5])
+
+        def both():
+            with pytest.raises(
+                ConfigMismatch, match="receiver rank 1 is 4,000, of the sender 67,108,864"
+            ):
+                FullWeightSender(tensors, session).sync()
+            return FullWeightSender(some, session).sync()
+
+        # Nothing of the first one has reached it.
+        done = Round(both, [receiver])
+        assert done.sent.tensors == done.received[0].tensors == 5
 
 
 def test_a_process_says_what_it_is():

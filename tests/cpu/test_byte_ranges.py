@@ -58,3 +58,16 @@ def test_a_scalar_and_one_that_is_repeated_are_single_elements():
     scalar = torch.zeros(())
     assert of_ranges(byte_ranges([scalar])) == {scalar.data_ptr() + i for i in range(4)}
     assert of_ranges(byte_ranges([scalar.expand(3, 5)])) == of_ranges(byte_ranges([scalar]))
+
+
+def test_a_default_device_changes_nothing():
+    memory = torch.zeros(4, 6)
+    expected = single_bytes([memory[:, :3]])
+    with torch.device("meta"):
+        left = ranges_without(byte_ranges([memory]), byte_ranges([memory[:, 3:]]))
+    assert of_ranges(left) == expected
+
+
+def test_what_is_in_millions_of_pieces_is_refused():
+    with pytest.raises(ValueError, match="pieces"):
+        byte_ranges([torch.zeros(1 << 22)[::2]])

@@ -12,7 +12,7 @@ import torch
 
 from packedcomm import FullWeightSender, StagedTarget, TensorTarget, WeightReceiver
 from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost, RemoteError
-from packedcomm.session.messages import Commit
+from packedcomm.session.messages import Commit, Staged
 from tests.helpers.in_process import Round, join, sessions
 from tests.helpers.sessions import QUICK
 
@@ -219,3 +219,52 @@ def test_one_that_dies_after_the_decision_lets_the_others_commit_first():
         assert "receiver rank 2: " in str(outcome.sent)
         assert done.is_set()
         assert (receivers[0].status().version, live[0]["w"].tolist()) == (1, [2.0] * 4)
+
+
+@pytest.mark.fault(21)
+def test_a_communicator_that_only_the_receiver_has_lost_is_made_anew():
+    with sessions(1) as (session, (end,)):
+        live, (receiver,) = receivers_of([end])
+        assert Round(FullWeightSender({"w": torch.ones(4)}, session).sync, [receiver]).sent
+        end.drop_communicator("for this test")
+        # Of another sender, which doesn't know that the receiver knows the manifest.
+        failed = Round(FullWeightSender({"w": torch.ones(4)}, session).sync, [receiver])
+        assert isinstance(failed.sent, RemoteError)
+        done = Round(FullWeightSender({"w": torch.full((4,), 2.0)}, session).sync, [receiver])
+        assert done.sent.receivers == 1
+        assert live[0]["w"].eq(2).all()
+
+
+@pytest.mark.fault(20)
+def test_a_vote_that_is_interrupted_when_it_is_on_its_way_is_remembered():
+    with sessions(1) as (session, (end,)):
+        live, (receiver,) = receivers_of([end])
+        reply = end.reply
+
+        def interrupted(message):
+            reply(message)
+            if isinstance(message, Staged):
+                end.reply = reply
+                raise KeyboardInterrupt
+
+        end.reply = interrupted
+        fail, end.fail = end.fail, lambda error, **options: None  # nor can it say so
+        caught = []
+
+        def receive():
+            try:
+                receiver.receive(10)
+            except KeyboardInterrupt as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        session.settings = replace(session.settings, commit_timeout_s=1.0)
+        with pytest.raises(PackedCommError):
+            FullWeightSender({"w": torch.ones(4)}, session).sync()
+        thread.join(10)
+        end.fail = fail
+        assert caught
+        # The decision came meanwhile.
+        assert receiver.receive(5).version == 0
+        assert live[0]["w"].eq(1).all()

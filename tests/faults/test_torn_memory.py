@@ -124,14 +124,37 @@ def test_names_that_are_sent_again_are_whole_where_their_memory_was_replaced():
         assert torn.sync(sent) == ("committed", 0)
 
 
+class Taking:
+    """A callback that may say that it has been given everything."""
+
+    whole = False
+
+    def __call__(self, version, items):
+        pass
+
+
 @pytest.mark.fault(19)
-def test_a_callback_is_whole_again_with_as_much_under_other_names():
+def test_a_callback_is_whole_again_when_it_has_been_given_everything():
     with sessions(1) as (session, (end,)):
-        torn = Torn(session, end, lambda version, items: None, ones("q", "k"))
-        # As little as one of them, whatever it is called, is no full sync.
+        taking = Taking()
+        torn = Torn(session, end, taking, ones("q", "k"))
+        # However much it is, under other names it may be something else.
         assert torn.sync(ones("q")) == ("torn", None)
-        assert torn.sync(ones("other")) == ("torn", None)
-        assert torn.sync(ones("fused", size=12)) == ("committed", 0)
+        assert torn.sync(ones("fused", size=100)) == ("torn", None)
+        taking.whole = True
+        assert torn.sync(ones("fused")) == ("committed", 0)
+
+
+@pytest.mark.fault(19)
+def test_memory_in_too_many_pieces_is_torn_by_its_names(monkeypatch):
+    monkeypatch.setattr("packedcomm.byte_ranges._MOST_RUNS", 4)
+    memory = torch.zeros(8, 6)
+    with sessions(1) as (session, (end,)):
+        torn = Torn(session, end, TensorTarget({"w": memory[:, :3]}), {"w": torch.ones(8, 3)})
+        torn.receiver._following._target = TensorTarget({"all": memory})
+        assert torn.sync({"all": torch.ones(8, 6)})[0] == "torn"
+        torn.receiver._following._target = TensorTarget({"w": memory[:, :3]})
+        assert torn.sync({"w": torch.ones(8, 3)})[0] == "committed"
 
 
 @pytest.mark.fault(19)

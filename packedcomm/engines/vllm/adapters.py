@@ -11,9 +11,9 @@ worth on the device: a sync writes that, already cut for this rank and scaled, a
 copied into the slot that vLLM has given to the adapter, now or whenever it gives it one. vLLM's own
 copy on the host, from which it would fill a slot, is left empty.
 
-An adapter is known by its name and vLLM's number for it, under which it comes back. A server
-unloads one without a word to the workers, and the next one of that name has another number: then
-what the one before has received is given up.
+An adapter is known by its name; vLLM has a number for it, under which it comes back. A server
+unloads one without a word to the workers, and the next one of that name has another number: where
+that comes from files, what the one before has received is given up.
 
 What vLLM has cached of earlier prompts (its prefix cache) is keyed by the adapter's name, not by
 its weights, and belongs to the scheduler, which no worker reaches: the trainer's client resets it
@@ -77,6 +77,10 @@ def adapter_target(model: Any, vllm_config: Any, device: torch.device, name: str
     return _EngineAdapters.of(manager).target(name, device)
 
 
+# Numbers of one adapter that are remembered: some callers make a new one for every request.
+_KEPT_IDS = 256
+
+
 def install_adapter_hook() -> None:
     """Teach vLLM's LoRA managers, in this process, adapters without files; see this module.
 
@@ -98,11 +102,12 @@ def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any
     # Also where it was loaded from disk at first, and whatever `load_inplace` says, which up to
     # 0.32 goes with every later request: only removing the adapter, or another number, goes back to
     # the files.
-    if lora_request.lora_path.startswith(SCHEME) or adapters.is_received(name, adapter_id):
+    named = lora_request.lora_path.startswith(SCHEME)
+    if named or adapters.is_received(name, adapter_id):
         loaded = _empty_model(adapter_id)
     else:
         loaded = original(lora_request)
-    adapters.created(name, adapter_id)
+    adapters.created(name, adapter_id, from_disk=not named)
     return loaded
 
 
@@ -135,9 +140,10 @@ class _EngineAdapters:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        # In the order in which they came. The last one is the adapter; those before it were loaded
-        # again under another id, and requests that have waited since may still bring them back.
+        # All of which are the adapter; and those that files loaded under another id have taken the
+        # name from, which requests that have waited since may still bring back.
         self._ids: dict[str, list[int]] = {}
+        self._old: dict[str, list[int]] = {}
         self._live: dict[str, LiveAdapter] = {}
         self._targets: dict[str, StagedTarget] = {}
 
@@ -150,41 +156,46 @@ class _EngineAdapters:
         return found
 
     def is_received(self, name: str, adapter_id: int) -> bool:
-        live = self._live.get(name)
-        return live is not None and live.received and live.adapter_id == adapter_id
+        return adapter_id in self._ids.get(name, ()) and self._received(name)
 
-    def created(self, name: str, adapter_id: int) -> None:
+    def created(self, name: str, adapter_id: int, *, from_disk: bool) -> None:
         """vLLM has loaded an adapter. Its id may be new, and may have been another one's."""
         for other in self._named(adapter_id):
             if other != name:
                 self._drop(other, adapter_id)
-        ids = self._ids.setdefault(name, [])
-        if adapter_id not in ids:
+        ids, old = self._ids.setdefault(name, []), self._old.setdefault(name, [])
+        if adapter_id in ids or adapter_id in old:
+            return
+        if from_disk:
             self._forget(name)
-            ids.append(adapter_id)
+            old += ids
+            ids.clear()
+        ids.append(adapter_id)
+        del ids[:-_KEPT_IDS], old[:-_KEPT_IDS]
 
     def removed(self, adapter_id: int) -> None:
         for name in self._named(adapter_id):
             self._drop(name, adapter_id)
 
     def activated(self, adapter_id: int) -> None:
-        for live in self._live.values():
-            if live.received and live.adapter_id == adapter_id:
-                live.fill(self._slot(adapter_id))
+        for name in self._named(adapter_id):
+            if self._received(name):
+                self._live[name].fill(self._slot(adapter_id))
 
     def committed(self, live: LiveAdapter) -> None:
         """Bring what was received to where vLLM has the adapter now."""
         if self._live.get(live.name) is not live:
             return
-        slot = self._slot(live.adapter_id)
-        registered = self._manager.list_adapters().get(live.adapter_id)
-        if registered is not None and registered.loras:
-            # From disk: neither the slot nor a later one may keep anything of it.
-            registered.loras = {}
-            if slot is not None:
-                for module in self._manager.modules.values():
-                    module.reset_lora(slot)
-        live.fill(slot)
+        for adapter_id in self._ids[live.name]:
+            slot = self._slot(adapter_id)
+            registered = self._manager.list_adapters().get(adapter_id)
+            if registered is not None and registered.loras:
+                # From disk: neither the slot nor a later one may keep anything of it.
+                registered.loras = {}
+                if slot is not None:
+                    for module in self._manager.modules.values():
+                        module.reset_lora(slot)
+            live.fill(slot)
 
     def target(self, name: str, device: torch.device) -> StagedTarget:
         if name not in self._ids:
@@ -194,7 +205,7 @@ class _EngineAdapters:
                 f"LoRARequest({name!r}, 1, lora_path={SCHEME + name!r})"
             )
         if name not in self._targets:
-            live = LiveAdapter(self._manager, name, self._ids[name][-1], device, self.committed)
+            live = LiveAdapter(self._manager, name, device, self.committed)
             self._live[name] = live
             self._targets[name] = StagedTarget(live)
         return self._targets[name]
@@ -202,14 +213,16 @@ class _EngineAdapters:
     def _named(self, adapter_id: int) -> list[str]:
         return [name for name, ids in self._ids.items() if adapter_id in ids]
 
+    def _received(self, name: str) -> bool:
+        return name in self._live and self._live[name].received
+
     def _drop(self, name: str, adapter_id: int) -> None:
-        """The id isn't this name's any more; if it was the adapter's, there is none of the name."""
-        ids = self._ids[name]
-        if ids[-1] == adapter_id:
+        """The id isn't this name's any more; without any there is no adapter of the name."""
+        self._ids[name].remove(adapter_id)
+        if not self._ids[name]:
             del self._ids[name]
+            self._old.pop(name, None)
             self._forget(name)
-        else:
-            ids.remove(adapter_id)
 
     def _forget(self, name: str) -> None:
         """Give up what was received."""
@@ -227,7 +240,6 @@ class LiveAdapter:
     Args:
         manager: vLLM's `LoRAModelManager`.
         name: of the adapter.
-        adapter_id: of the adapter, vLLM's.
         device: of the manager's tensors.
         on_commit: told of each commit, with this adapter.
 
@@ -242,12 +254,10 @@ class LiveAdapter:
         self,
         manager: Any,
         name: str,
-        adapter_id: int,
         device: torch.device,
         on_commit: Callable[[LiveAdapter], None],
     ) -> None:
         self.name = name
-        self.adapter_id = adapter_id
         self.received = False
         """Whether a sync has been committed."""
         self._on_commit = on_commit

@@ -327,6 +327,8 @@ class RecordedTarget:
         self._device = device
         self._load = load
         self._aside: dict[str, torch.Tensor] = {}
+        self.whole = False
+        """Whether the present update leaves nothing as it was."""
 
     @property
     def memory(self) -> Sequence[torch.Tensor]:

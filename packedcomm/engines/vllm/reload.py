@@ -181,7 +181,7 @@ class Reload:
                         # vLLM hands these tensors out again at the next reload.
                         watched.append((tensor, loader))
                         # Of layers that are merged: of queries, keys and values, for example.
-                        parts = len(getattr(module, "output_sizes", None) or (0,))
+                        parts = sum(1 for n in getattr(module, "output_sizes", None) or () if n)
                         tensor.weight_loader = trial.noting(loader, whole, parts)
             try:
                 self.load(trial.following(items))

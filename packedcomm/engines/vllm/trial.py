@@ -78,9 +78,11 @@ class Parameter:
         is loaded, in a parameter that was given all of its parts."""
         if not self.asked or not self.written:
             return self.name
+        gaps = self._gaps()
+        if not gaps.any():
+            return ""
         if None not in self.given and len(self.given) < self.parts:
             return f"{self.name} (a part of it)"
-        gaps = self._gaps()
         if int(gaps.sum()) <= self.box.nbytes - self.whole_bytes:
             return ""
         if int(gaps.max()) < min(box.nbytes for box in self.written):
@@ -148,7 +150,12 @@ class Trial(TorchDispatchMode):
                 part = arguments[2] if len(arguments) > 2 else options.get("loaded_shard_id")
                 parameter.given.update(part if isinstance(part, tuple) else (part,))
             with self:
-                return loader(*arguments, **options)
+                result = loader(*arguments, **options)
+            given = arguments[0] if arguments else None
+            if parameter is not None and isinstance(given, torch.Tensor) and not self._of(given):
+                # It was given other memory, of which nothing is known but that.
+                parameter.written.add(parameter.box)
+            return result
 
         return watched
 

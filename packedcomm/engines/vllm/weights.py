@@ -104,7 +104,9 @@ class ModelWeights:
         if digest in self._stale or not self._replayable(manifest, recording):
             return _Loaded(self, manifest)
         self.way = "replayed"
-        return self._replay(manifest, recording)
+        target = self._replay(manifest, recording)
+        target.whole = self.whole
+        return target
 
     def foreseen(self, manifest: Manifest) -> RecordedTarget | None:
         """The target of the next update of a manifest that was received, if it will be replayed,
@@ -115,6 +117,11 @@ class ModelWeights:
         if manifest.digest in self._stale:
             return None
         return self._replay(manifest, recording)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the present update leaves nothing as it was."""
+        return not self.partial and not self._untried
 
     def _replay(self, manifest: Manifest, recording: Recording) -> RecordedTarget:
         digest = manifest.digest
@@ -237,6 +244,7 @@ class _Loaded:
         self._left = len(manifest)
         self._reload: Reload | None = None
         weights.way = self.way
+        self.whole = weights.whole
 
     def __call__(self, _version: int, items: list[tuple[str, torch.Tensor]]) -> None:
         if self._reload is None:

@@ -120,6 +120,9 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """The weights' memory is given up for a while: replays can't rely on what was in it."""
         for weights in self._weights.values():
             weights.lose_contents()
+        for (_, adapter), receiver in self._receivers.items():
+            if not adapter:
+                receiver.lose_weights()
 
     def start_weight_update(self) -> None:
         """Nothing: what an update needs is known when it is offered."""

@@ -195,14 +195,11 @@ def test_an_adapter_from_disk_is_updated_until_it_is_removed(engine, base, link,
     agree(engine.generate(request), on_disk)
 
 
-@pytest.mark.parametrize("from_disk", [False, True], ids=["without files", "from disk"])
-def test_another_number_is_another_adapter(engine, base, link, tmp_path, from_disk):
-    trainer, number = Trainer(base), 64 if from_disk else 61
-    name, path, begin = f"policy{number}", None, engine.base
-    if from_disk:
-        begin = trainer.randomise(10)
-        trainer.model.save_pretrained(tmp_path)
-        path = str(tmp_path)
+def test_files_under_another_number_are_another_adapter(engine, base, link, tmp_path):
+    trainer, number = Trainer(base), 64
+    name, begin = f"policy{number}", trainer.randomise(10)
+    trainer.model.save_pretrained(tmp_path)
+    path = str(tmp_path)
     old, new = (engine.request(name, n, path) for n in (number, number + 1))
     sender = LoraSender(trainer.model, link[0])
     engine.generate(old)
@@ -223,6 +220,29 @@ def test_another_number_is_another_adapter(engine, base, link, tmp_path, from_di
     succeeded(engine.sync(sender, link[1], name))
     agree(engine.generate(new), expected)
     engine.llm.llm_engine.remove_lora(number + 1)
+    with pytest.raises(ArgumentError, match=f"no adapter '{name}'"):
+        engine.target(name)
+
+
+def test_a_name_without_files_is_one_adapter_under_all_its_numbers(engine, base, link):
+    """Some callers make a new number for every request."""
+    trainer, name = Trainer(base), "policy61"
+    first, second, third = (engine.request(name, number) for number in (61, 62, 70))
+    sender = LoraSender(trainer.model, link[0])
+    engine.generate(first)
+    expected = trainer.randomise(11)
+    succeeded(engine.sync(sender, link[1], name))
+    agree(engine.generate(first), expected)
+    agree(engine.generate(second), expected)
+    agree(engine.generate(first), expected)
+    expected = trainer.randomise(12)
+    succeeded(engine.sync(sender, link[1], name))
+    for request in (second, first, third):
+        agree(engine.generate(request), expected)
+    engine.llm.llm_engine.remove_lora(62)
+    agree(engine.generate(first), expected)
+    for number in (61, 70):
+        engine.llm.llm_engine.remove_lora(number)
     with pytest.raises(ArgumentError, match=f"no adapter '{name}'"):
         engine.target(name)
 

@@ -380,6 +380,19 @@ def test_torn_weights_stay_torn_for_another_trainer(engine, trainer, synced, mod
     assert engine.statuses()[0]["state"] == "committed"
 
 
+def test_weights_that_were_lost_are_torn_until_all_have_come(engine, trainer, synced, models):
+    session, updater = trainer
+    tensors = tensors_of(models[0][0])
+    engine.worker.weight_transfer_engine.lose_contents()
+    assert engine.statuses()[0]["state"] == "torn"
+    norm = {name: t for name, t in tensors.items() if name == "model.norm.weight"}
+    updater.update(FullWeightSender(norm, session), partial=True)
+    assert engine.statuses()[0]["state"] == "torn"
+    updater.update(FullWeightSender(tensors, session))
+    assert engine.statuses()[0]["state"] == "committed"
+    agree(engine.generate(), models[0][1])
+
+
 @pytest.fixture
 def replaying(monkeypatch):
     """Norms are replayed on CPUs, too."""
@@ -448,6 +461,7 @@ def test_an_engine_that_has_lost_its_weights_gets_its_padding_too(tmp_path):
                 if turn in (3, 5):
                     engine.llm.sleep(level=2)
                     engine.llm.wake_up()
+                    assert engine.statuses()[0]["state"] == "torn"
                 updater.update(FullWeightSender(model, session))
                 agree(engine.generate(), generated(model))
                 ways.append(engine.statuses()[0]["way"])
