@@ -120,6 +120,8 @@ def flood(*_, **__):
             socket.create_connection((host, int(port)), timeout=20).close()
         except ConnectionRefusedError:
             return print("refused", end=" ")
+        except ConnectionResetError:
+            pass  # in the middle of the end
 
 if way == "before":
     session._supervisor.stop(5)
