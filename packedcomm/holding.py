@@ -161,9 +161,9 @@ class Holding:
             zeroed: what was overwritten beside what was received; asked only if something is torn.
         """
         torn = (self if self.writing is vote.writing else self.failed()).torn_before
-        if torn and vote.writing is not None:
-            if vote.writing.whole:
-                return Holding(vote.version, vote.epoch, self.update_count + 1, time.time())
+        if vote.writing is not None and vote.writing.whole:
+            torn = ()
+        elif torn and vote.writing is not None:
             memory = vote.writing.memory or tuple
             written = _ranges(lambda: [*memory(), *zeroed()])
             left = [part.without(vote.writing.manifest, written) for part in torn]

@@ -84,9 +84,8 @@ def agreed_transport(sender: Hello, receiver: Hello, rank: int) -> Transport:
         rank: the receiver's, for messages.
 
     Raises:
-        ConfigMismatch: one is on a GPU and one on a CPU; one would take the other for stopped
-            between two of its heartbeats; or their caps on a message differ. The message names
-            both sides' values.
+        ConfigMismatch: one is on a GPU and one on a CPU, or one would take the other for stopped
+            between two of its heartbeats. The message names both sides' values.
         VersionMismatch: versions of packedcomm, of its byte format or of NCCL differ; the message
             names both sides' versions, and for NCCL their libraries.
     """

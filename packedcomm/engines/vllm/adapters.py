@@ -100,8 +100,8 @@ def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any
     adapters = _EngineAdapters.of(worker_manager._adapter_manager)
     name, adapter_id = lora_request.lora_name, lora_request.lora_int_id
     # Also where it was loaded from disk at first, and whatever `load_inplace` says, which up to
-    # 0.32 goes with every later request: only removing the adapter, or another number, goes back to
-    # the files.
+    # 0.32 goes with every later request: only removing the adapter, or files under another number,
+    # end that.
     named = lora_request.lora_path.startswith(SCHEME)
     if named or adapters.is_received(name, adapter_id):
         loaded = _empty_model(adapter_id)
