@@ -21,7 +21,11 @@ import torch
 
 __all__ = ["World", "WorldFailure", "run_world"]
 
-_SPAWN = multiprocessing.get_context("spawn")
+# What every world's processes import is imported once; it doesn't touch CUDA, which doesn't survive
+# a fork.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "packedcomm.session", __name__])
+
 # Long enough for every rank to wake up after a barrier; not part of any measured time.
 _LEAD_S = 2e-3
 _SPIN_S = 2e-4
@@ -40,10 +44,10 @@ class _Shared:
     """What all ranks of a world share; made by the parent, inherited by every rank."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = _SPAWN.Barrier(size)
-        self.arrivals = _SPAWN.Array("d", size, lock=False)
-        self.ends = _SPAWN.Array("d", size, lock=False)
-        self.counts = _SPAWN.Array("q", size, lock=False)
+        self.barrier = _CONTEXT.Barrier(size)
+        self.arrivals = _CONTEXT.Array("d", size, lock=False)
+        self.ends = _CONTEXT.Array("d", size, lock=False)
+        self.counts = _CONTEXT.Array("q", size, lock=False)
 
 
 class World:
@@ -165,9 +169,9 @@ def run_world(
         `WorldFailure`.
     """
     shared = _Shared(size)
-    pipes = [_SPAWN.Pipe() for _ in range(size)]
+    pipes = [_CONTEXT.Pipe() for _ in range(size)]
     processes = [
-        _SPAWN.Process(
+        _CONTEXT.Process(
             target=_rank_main,
             args=(body, rank, size, device_type, shared, pipes[rank][1], arguments),
             daemon=True,

@@ -1,16 +1,33 @@
 """The marker `gpu(count)`: a test that needs GPUs says how many and is skipped, with the reason.
-And a resolver that gives up early."""
+And what all tests have in common: a resolver that gives up early, a server that forks their
+processes, and a collector that doesn't look at modules."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 import torch
 
+from tests.helpers.processes import start_server
+
 # torch's TCPStore asks for the name of every address that it connects to. Where nobody answers that
 # takes 5 s and more, which no deadline of a test allows for; processes inherit this.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server(request: pytest.FixtureRequest) -> None:
+    # A fixture, so that what its forks print is captured. The tests of the real vLLM have others.
+    if not all("engines/vllm/" in item.nodeid for item in request.session.items):
+        start_server()
+
+
+def pytest_collection_finish() -> None:
+    # Tests collect, and hundreds of thousands of objects of torch and transformers take 0.2 s.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,14 +30,17 @@ class ProcessFailure(Exception):  # noqa: N818 - not an error of packedcomm's, i
 
 
 class DemoProcesses:
-    """One spawned process per role, rank by rank, each with a pipe. A context manager.
+    """One process per role, rank by rank, each with a pipe. A context manager.
 
     Leaving the context ends whatever still runs. Belongs to one thread.
     """
 
     def __init__(self, roles: Sequence[Role], options: DemoOptions) -> None:
-        # Spawned and not forked: the parent may have threads, and CUDA doesn't survive a fork.
-        context = multiprocessing.get_context("spawn")
+        # Not forked from this one, which may have threads, but from a server that has imported what
+        # all of them need. Only torch where there are GPUs: CUDA doesn't survive a fork.
+        context = multiprocessing.get_context("forkserver")
+        models = ["transformers.modeling_utils"] if options.device == "cpu" else []
+        context.set_forkserver_preload([process_main.__module__, *models])
         self._connections: dict[int, Connection] = {}
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._failures: list[Failed] = []

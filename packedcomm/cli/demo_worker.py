@@ -48,7 +48,7 @@ Role = Callable[[Link, DemoOptions, int], None]
 def process_main(
     role: Role, connection: multiprocessing.connection.Connection, options: DemoOptions, rank: int
 ) -> None:
-    """Entry point of a spawned process: run the role, report its failure, exit with status 1."""
+    """Entry point of a process: run the role, report its failure, exit with status 1."""
     _end_with_parent()
     _make_comparable(options)
     link = Link(connection)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.helpers.operations import (
 from tests.helpers.operations import (
     connect_nccl as connect,
 )
+from tests.helpers.processes import context
 from tests.helpers.ranks import AddressBox, run_ranks
 from tests.helpers.vllm_peer import load_vllm_peer, needs_vllm_files
 
@@ -142,7 +142,7 @@ def _by_unique_id(rank, world_size, uids, text):
 
 
 def _pipes(world_size):
-    return [get_context("forkserver").Pipe(duplex=False) for _ in range(world_size)]
+    return [context.Pipe(duplex=False) for _ in range(world_size)]
 
 
 @pytest.mark.gpu(2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -34,6 +33,7 @@ from packedcomm.errors import PackedCommError
 from packedcomm.planning.chunks import WireFormat
 from packedcomm.session import SenderSession
 from tests.helpers.interrupted import Interrupted
+from tests.helpers.processes import context, leave_alone_what_was_forked
 
 SECRET = "sixteen and more characters"
 
@@ -48,9 +48,6 @@ PATIENT = Settings(
 
 # How long an outcome may take at most.
 OUTCOME_S = 60.0
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "packedcomm", __name__])
 
 Tensors = dict[str, torch.Tensor]
 
@@ -117,8 +114,8 @@ class Peer:
     """Another process: `main(connection, *arguments)`, which reports outcomes."""
 
     def __init__(self, main: Callable[..., Any], *arguments: Any) -> None:
-        self._connection, theirs = _context.Pipe()
-        self._process = _context.Process(target=_run, args=(main, theirs, arguments), daemon=True)
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(main, theirs, arguments), daemon=True)
         self._process.start()
         theirs.close()
         self.pid: int = self._process.pid or 0
@@ -181,6 +178,7 @@ def _state_of(pid: int) -> str:
 
 
 def _run(main: Callable[..., Any], connection: Connection, arguments: tuple[Any, ...]) -> None:
+    leave_alone_what_was_forked()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         main(connection, *arguments)

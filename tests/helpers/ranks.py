@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -18,20 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from packedcomm.communicators.rendezvous import Listener
+from tests.helpers.processes import context, leave_alone_what_was_forked
 
 __all__ = ["AddressBox", "pipes", "run_ranks"]
 
 # Once a rank has failed, the others get this long to finish or fail by themselves.
 GRACE_S = 10.0
 
-_context = multiprocessing.get_context("forkserver")
-# The server imports these once and never touches CUDA, so that its forks may.
-_context.set_forkserver_preload(["torch", "packedcomm.communicators", __name__])
-
 
 def pipes(world_size: int) -> list[tuple[Connection, Connection]]:
     """A one-way pipe (reading end, writing end) for each rank, to pass to `run_ranks`."""
-    return [_context.Pipe(duplex=False) for _ in range(world_size)]
+    return [context.Pipe(duplex=False) for _ in range(world_size)]
 
 
 class AddressBox:
@@ -89,8 +85,8 @@ def run_ranks(
         stacks = [Path(directory) / f"rank{rank}" for rank in range(world_size)]
         try:
             for rank in range(world_size):
-                reader, writer = _context.Pipe(duplex=False)
-                process = _context.Process(
+                reader, writer = context.Pipe(duplex=False)
+                process = context.Process(
                     target=_child,
                     args=(writer, str(stacks[rank]), function, rank, world_size, args),
                     daemon=True,
@@ -122,6 +118,7 @@ def _child(
     world_size: int,
     args: tuple[Any, ...],
 ) -> None:
+    leave_alone_what_was_forked()
     with Path(stack_path).open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         try:
