@@ -87,6 +87,8 @@ class Following:
 
     def __init__(self, target: Any, session: ReceiverSession) -> None:
         self._given = target
+        # Asked once: over a protocol it takes tens of microseconds.
+        self._chooser = target if isinstance(target, TargetChooser) else None
         self._target = target
         self._session = session
         self._manifests: dict[str, Manifest] = {}
@@ -150,8 +152,8 @@ class Following:
         raises: what fails now is planned again when it is chosen."""
         try:
             manifest = self._manifests[offer.digest]
-            foreseen = getattr(self._given, "foreseen", None)
-            if not isinstance(self._given, TargetChooser) or foreseen is None:
+            foreseen = getattr(self._chooser, "foreseen", None)
+            if foreseen is None:
                 return
             target = foreseen(manifest)
             fixed = is_target(target) and getattr(target, "fixed_destinations", False)
@@ -186,9 +188,9 @@ class Following:
         seconds: dict[str, float] = {}
         with measured(seconds, "agree"):
             manifest, offer = self._manifest(offer)
-        if isinstance(self._given, TargetChooser):
+        if self._chooser is not None:
             with measured(seconds, "agree"):
-                self._target = self._given.choose(manifest)
+                self._target = self._chooser.choose(manifest)
         target = self._target
         shown = None
         staged = isinstance(target, StagedTarget)

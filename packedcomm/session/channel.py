@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from packedcomm.errors import SessionStateError
 from packedcomm.settings import Settings
 
-__all__ = ["BATCH", "EVENTS", "READABLE", "Channel"]
+__all__ = ["BATCH", "EVENTS", "MORE", "NOW", "READABLE", "Channel"]
 
 # How long a wait may keep the channel to itself: `close` from another thread comes in between.
 SLICE_S = 0.05
@@ -39,6 +39,8 @@ MONITOR = "inproc://monitor"
 # As plain numbers: the enumerations of pyzmq cost a microsecond per use.
 EVENTS = int(zmq.EVENTS)
 READABLE = int(zmq.POLLIN)
+NOW = int(zmq.NOBLOCK)
+MORE = int(zmq.SNDMORE) | NOW
 
 # Frames taken in one go; one peer can't keep the others waiting.
 BATCH = 256
@@ -51,34 +53,24 @@ KEEPALIVE = {"TCP_KEEPALIVE": 1, "TCP_KEEPALIVE_IDLE": 15, "TCP_KEEPALIVE_INTVL"
 
 
 class _Held:
-    """A context and what is done before it ends. A turn with it is a `with`; that nobody else has
-    one meanwhile is the channel's to see to.
-
-    Whoever closes it in the middle of a turn of its own, as a signal handler may, ends it with that
-    turn: nothing is taken away under ZeroMQ.
-    """
+    """A context and what is done before it ends. One thread at a time."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.context = context
         self.endings: list[Callable[[], object]] = []
         self.closed = False
+        """Whether nobody may use it any more."""
         self.released = False
-        self._turns = 0
 
-    def __enter__(self) -> None:
+    def check(self) -> None:
+        """Raise if it is closed."""
         if self.closed:
             raise SessionStateError("the control channel is closed")
-        self._turns += 1
 
-    def __exit__(self, *_: object) -> None:
-        self._turns -= 1
-        if self.closed:
-            self.close()
-
-    def close(self) -> None:
-        """Release everything, now or at the end of the turn. Idempotent."""
+    def release(self) -> None:
+        """End everything. Idempotent."""
         self.closed = True
-        if self._turns or self.released:
+        if self.released:
             return
         self.released = True
         for end in self.endings:
@@ -97,6 +89,8 @@ class Channel:
         self.settings = settings
         # A signal handler may say the last words in the middle of a poll.
         self._lock = threading.RLock()
+        # Tells whether this thread has the lock.
+        self._own = threading.Condition(self._lock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: Any = self._context.socket(kind)
         options = {
@@ -152,7 +146,7 @@ class Channel:
         """What has happened to connections: events, each with its value, a descriptor for some."""
         events = []
         while self._monitor.getsockopt(EVENTS) & READABLE:
-            message = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            message = recv_monitor_message(self._monitor, NOW)
             events.append((int(message["event"]), int(message["value"])))
         return events
 
@@ -163,13 +157,30 @@ class Channel:
     def close(self) -> None:
         """Send what is on its way, for a second at most, and release everything. Idempotent; may be
         called from any thread, and from a signal handler in the middle of any other call."""
+        self._forgotten.detach()
+        self._held.closed = True
+        if self._in_a_call():
+            # Nothing is taken away under ZeroMQ: when the interrupted call has returned. The
+            # interpreter's end waits for this thread.
+            threading.Thread(target=self._release, name="packedcomm-release").start()
+        else:
+            self._release()
+
+    def _in_a_call(self) -> bool:
+        try:
+            self._own.notify()
+        except RuntimeError:
+            return False
+        return True
+
+    def _release(self) -> None:
         with self._lock:
-            self._forgotten.detach()
-            self._held.close()
+            self._held.release()
 
     def leave_to_parent(self) -> None:
         """In a process that was forked: never touch again what is the parent's."""
         self._lock = threading.RLock()
+        self._own = threading.Condition(self._lock)
         self._forgotten.detach()
         self._held.closed = self._held.released = True
 
@@ -177,4 +188,4 @@ class Channel:
 def _release_aside(held: _Held) -> None:
     """Release what a forgotten channel had, on a thread of its own: whichever has just collected
     garbage can't wait, and may be one that is to end."""
-    threading.Thread(target=held.close, name="packedcomm-release", daemon=True).start()
+    threading.Thread(target=held.release, name="packedcomm-release", daemon=True).start()

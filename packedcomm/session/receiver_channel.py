@@ -14,7 +14,7 @@ from packedcomm.communicators.bounded_store import wait_for_server
 from packedcomm.communicators.listener import Address
 from packedcomm.errors import ArgumentError, AuthenticationError, PeerLost, RendezvousTimeout
 from packedcomm.session.authentication import Keys, check_secret
-from packedcomm.session.channel import BATCH, EVENTS, READABLE, Channel
+from packedcomm.session.channel import BATCH, EVENTS, NOW, READABLE, Channel
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverChannel"]
@@ -92,7 +92,8 @@ class ReceiverChannel(Channel):
     def _shake_hands(self, begin: float, deadline: float) -> None:
         refusals = 0
         while True:
-            with self._lock, self._held:
+            with self._lock:
+                self._held.check()
                 self._poll(deadline - time.monotonic())
                 events = [event for event, _ in self._events()]
                 if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
@@ -124,12 +125,13 @@ class ReceiverChannel(Channel):
         Raises:
             PeerLost: the sender's connection has ended.
         """
-        with self._lock, self._held:
+        with self._lock:
+            self._held.check()
             self._notice_loss()
             if self.lost:
                 raise PeerLost(f"the sender at {self.address} has ended the connection")
             try:
-                self._socket.send(frame, zmq.NOBLOCK)
+                self._socket.send(frame, NOW)
             except zmq.Again:
                 raise PeerLost(f"the sender at {self.address} takes no messages") from None
 
@@ -140,7 +142,8 @@ class ReceiverChannel(Channel):
             timeout_s: may be shorter, in seconds.
             soon: whether something is about to come.
         """
-        with self._lock, self._held:
+        with self._lock:
+            self._held.check()
             if not self.lost:
                 readable, eventful = self._poll(timeout_s, soon=soon)
                 if eventful:
@@ -154,7 +157,7 @@ class ReceiverChannel(Channel):
     def _take(self, most: int) -> list[bytes]:
         frames: list[bytes] = []
         while len(frames) < most and self._socket.getsockopt(EVENTS) & READABLE:
-            if frame := self._socket.recv(zmq.NOBLOCK):
+            if frame := self._socket.recv(NOW):
                 frames.append(frame)
         return frames
 

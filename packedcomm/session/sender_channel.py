@@ -13,7 +13,7 @@ import zmq
 from packedcomm.communicators.listener import Listener
 from packedcomm.errors import ArgumentError, SessionStateError
 from packedcomm.session.authentication import Gate, Keys, check_secret
-from packedcomm.session.channel import BATCH, EVENTS, READABLE, Channel
+from packedcomm.session.channel import BATCH, EVENTS, MORE, NOW, READABLE, Channel
 from packedcomm.settings import Settings
 
 __all__ = ["SenderChannel"]
@@ -44,6 +44,7 @@ class SenderChannel(Channel):
             ArgumentError: address or secret are malformed or don't go together.
             AddressInUse: another socket listens there.
         """
+        self._half_sent = False
         self._suspect_until = 0.0
         self._next_question = 0.0
         # Descriptors of connections that nothing has come from, and since when they are there.
@@ -73,7 +74,8 @@ class SenderChannel(Channel):
 
     def hang_up(self) -> None:
         """Send what is on its way, end every connection and stop listening. Idempotent."""
-        with self._lock, contextlib.suppress(SessionStateError, zmq.ZMQError), self._held:
+        with self._lock, contextlib.suppress(SessionStateError, zmq.ZMQError):
+            self._held.check()
             self._socket.unbind(self._socket.getsockopt(zmq.LAST_ENDPOINT))
 
     def send(self, peer: bytes, frame: bytes) -> bool:
@@ -82,7 +84,8 @@ class SenderChannel(Channel):
         Returns:
             Whether the peer is still connected, and takes what it is sent.
         """
-        with self._lock, self._held:
+        with self._lock:
+            self._held.check()
             return self._try_to_send(peer, frame)
 
     def wait(
@@ -98,7 +101,8 @@ class SenderChannel(Channel):
         Returns:
             The frames that came, with their peers; and which of `peers` have gone.
         """
-        with self._lock, self._held:
+        with self._lock:
+            self._held.check()
             readable, eventful = self._poll(timeout_s, soon=soon)
             frames = self._take() if readable else []
             gone = set()
@@ -139,8 +143,8 @@ class SenderChannel(Channel):
         frames: list[tuple[bytes, bytes]] = []
         receive = self._socket.recv
         while len(frames) < BATCH and self._socket.getsockopt(EVENTS) & READABLE:
-            peer = receive(zmq.NOBLOCK, copy=False)
-            part = receive(zmq.NOBLOCK, copy=False) if peer.more else peer
+            peer = receive(NOW, copy=False)
+            part = receive(NOW, copy=False) if peer.more else peer
             frame = part.bytes if part is not peer else b""
             if self._pending:
                 # A peer of an old version of the protocol, or whose bytes look like one, has none.
@@ -149,23 +153,33 @@ class SenderChannel(Channel):
             while part.more:
                 # Nothing of ours has several parts: dropped as they come, and the frame with them,
                 # by the codec.
-                part = receive(zmq.NOBLOCK, copy=False)
+                part = receive(NOW, copy=False)
                 frame = b"\xc1"
             if frame:
                 frames.append((peer.bytes, frame))
         return frames
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:
+        if self._half_sent:
+            # Whoever sent the peer's name was interrupted, or is interrupted just now by this: what
+            # comes next mustn't be taken for the frame.
+            self._half_sent = False
+            self._socket.send(b"", NOW)
+        self._half_sent = True
         try:
-            self._socket.send_multipart([peer, frame], zmq.NOBLOCK)
+            self._socket.send(peer, MORE)
+            self._socket.send(frame, NOW)
         except zmq.Again:
             # A thousand frames are waiting for it already.
-            return False
+            sent = False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            return False
-        return True
+            sent = False
+        else:
+            sent = True
+        self._half_sent = False
+        return sent
 
 
 def _cut(descriptor: int, port: int) -> None:

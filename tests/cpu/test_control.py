@@ -24,12 +24,14 @@ from packedcomm.errors import (
     RendezvousTimeout,
     SessionStateError,
 )
+from packedcomm.session import sender_channel
 from packedcomm.session.authentication import Keys
 from packedcomm.session.messages import Ready
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.sender_channel import SenderChannel
 from packedcomm.settings import DEFAULTS, Settings
 from tests.helpers.in_process import sessions
+from tests.helpers.interrupts import Interrupt
 from tests.helpers.sessions import QUICK
 
 SECRET = "correct horse battery staple"
@@ -385,6 +387,22 @@ def test_frames_of_several_parts_are_no_frames():
         stranger.send(b"good")
         assert [frame for _, frame in _frames(sender, 2)[0]] == [b"\xc1", b"good"]
         stranger.close()
+
+
+def test_an_interrupted_send_leaves_whole_frames():
+    with _listening() as sender, _connected(sender.address) as receiver:
+        receiver.send(b"here")
+        ((peer, _),), _ = _frames(sender, 1)
+        got, number, interrupt = [], 0, None
+        while interrupt is None or interrupt.where is not None:
+            number += 1
+            interrupt = Interrupt((sender_channel,), number)
+            interrupt.run(lambda: sender._try_to_send(peer, b"maybe"))
+            assert sender.send(peer, b"%d" % number)
+            while not got or got[-1] != b"%d" % number:
+                got += _received(receiver, 1)
+        assert number > 3
+        assert {*got} == {b"maybe", *(b"%d" % n for n in range(1, number + 1))}
 
 
 def test_closing_is_idempotent_quick_and_final():

@@ -3,7 +3,6 @@ the next sync works at once."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -23,10 +22,10 @@ from packedcomm import (
     receivers,
     senders,
 )
-from packedcomm.errors import PackedCommError
 from packedcomm.session import dialogue
 from packedcomm.session import receiver as receiver_session
 from tests.helpers.in_process import Round, sessions
+from tests.helpers.interrupts import Interrupt
 from tests.helpers.sessions import QUICK
 
 # What a sync may take after an interrupt; nobody may be waited for until its deadline.
@@ -34,37 +33,6 @@ SOON_S = 3.0
 
 SENDER = (senders, leading, dialogue)
 RECEIVER = (receivers, following, decisions, holding, receiver_session)
-
-
-class Interrupt:
-    """Raises `KeyboardInterrupt` at the n-th line that a thread runs in some modules, once."""
-
-    def __init__(self, modules, number):
-        self._files = {module.__file__ for module in modules}
-        self._left = number
-        self.where = None
-
-    def run(self, function):
-        """Call it, interrupted or not; returns what it raised."""
-        sys.settrace(self._call)
-        try:
-            function()
-        except (KeyboardInterrupt, PackedCommError) as error:
-            return error
-        finally:
-            sys.settrace(None)
-        return None
-
-    def _call(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename in self._files else None
-
-    def _line(self, frame, event, argument):
-        if event == "line" and self.where is None:
-            self._left -= 1
-            if not self._left:
-                self.where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._line
 
 
 class Pair:

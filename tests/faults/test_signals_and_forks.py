@@ -13,6 +13,7 @@ import pytest
 from packedcomm.errors import SessionStateError
 from packedcomm.session.messages import Proceed, Ready
 from tests.helpers.in_process import sessions
+from tests.helpers.peers import eventually
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
@@ -39,7 +40,7 @@ def test_a_signal_handler_may_end_the_session_that_it_interrupts(who, call):
             timer.join()
             signal.signal(signal.SIGUSR2, before)
         interrupted.close()
-        assert interrupted._channel._context.closed
+        eventually(lambda: interrupted._channel._context.closed)
 
 
 # In a process of its own, which may fork and hang.
