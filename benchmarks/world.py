@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ class WorldFailure:
 class _Shared:
     """What all ranks of a world share; made by the parent, inherited by every rank."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, folder: str) -> None:
+        self.folder = folder
         self.barrier = _CONTEXT.Barrier(size)
         self.arrivals = _CONTEXT.Array("d", size, lock=False)
         self.ends = _CONTEXT.Array("d", size, lock=False)
@@ -62,6 +65,8 @@ class World:
         self.rank = rank
         self.size = size
         self.device = device
+        self.folder = Path(shared.folder)
+        """For files of this world, which go with it."""
         self._shared = shared
         self._parent = parent
 
@@ -168,7 +173,18 @@ def run_world(
         every value of `World.result` and `World.result_of_each`; at an early end a last
         `WorldFailure`.
     """
-    shared = _Shared(size)
+    with TemporaryDirectory(prefix="benchmark-") as folder:
+        yield from _run(body, _Shared(size, folder), size, device_type, arguments, silence_s)
+
+
+def _run(
+    body: Callable[..., None],
+    shared: _Shared,
+    size: int,
+    device_type: str,
+    arguments: tuple[Any, ...],
+    silence_s: float,
+) -> Iterator[Any]:
     pipes = [_CONTEXT.Pipe() for _ in range(size)]
     processes = [
         _CONTEXT.Process(

@@ -70,9 +70,10 @@ class SyncResult(Mapping[str, Any]):
     """Their bytes on the wire."""
 
     seconds: Mapping[str, float]
-    """Time by stage: `connect` (if the members had changed), `agree`, `pack` (sender), `wire`,
-    `unpack` (receivers, the slowest), `verify`, `commit`, and `total` from call to return. Stages
-    overlap, and `wire` includes waiting for the other side."""
+    """Time by stage: `describe` (sender: reading the source), `connect` (if the members had
+    changed), `agree`, `pack` (sender), `wire`, `unpack` (receivers, the slowest), `verify`,
+    `commit`, and `total` from call to return. Stages overlap, and `wire` includes waiting for the
+    other side."""
 
     changed_tensors: int | None = None
     """How many tensors differ from the last sync's; None unless digests were compared, or at the

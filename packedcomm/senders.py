@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from packedcomm.completion import measured
 from packedcomm.copying import Part
 from packedcomm.errors import ArgumentError, RemoteError, SessionStateError, summary
 from packedcomm.leading import Leading
@@ -125,7 +126,8 @@ class FullWeightSender:
         begin = time.perf_counter()
         seconds: dict[str, float] = {}
         self._in_step = False
-        snapshot = self.source.snapshot()
+        with measured(seconds, "describe"):
+            snapshot = self.source.snapshot()
         manifest = snapshot.manifest
         changed: int | None = None
         changes: Mapping[str, ChangeStatistics] = {}

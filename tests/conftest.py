@@ -1,16 +1,21 @@
 """The marker `gpu(count)`: a test that needs GPUs says how many and is skipped, with the reason.
-And what all tests have in common: a resolver that gives up early, a server that forks their
-processes, and a collector that doesn't look at modules."""
+And what all tests have in common: a folder for temporary files, a resolver that gives up early, a
+server that forks their processes, and a collector that doesn't look at modules."""
 
 from __future__ import annotations
 
 import gc
 import os
+import tempfile
 
 import pytest
 import torch
 
 from tests.helpers.processes import start_server
+
+# Flight records of syncs that fail on purpose among others; processes inherit it.
+_folder = tempfile.TemporaryDirectory(prefix="packedcomm-tests-", ignore_cleanup_errors=True)
+tempfile.tempdir = os.environ["TMPDIR"] = _folder.name
 
 # torch's TCPStore asks for the name of every address that it connects to. Where nobody answers that
 # takes 5 s and more, which no deadline of a test allows for; processes inherit this.

@@ -16,7 +16,7 @@ import torch
 from packedcomm.engines.vllm.markers import marked, unmarked
 from packedcomm.errors import PackedCommError, RemoteError
 
-__all__ = ["agree_on"]
+__all__ = ["agree_on", "workers"]
 
 logger = logging.getLogger("packedcomm")
 
@@ -56,6 +56,16 @@ def agree_on(call: Callable[[], None], group: Any) -> None:
     found = unmarked(text) or RemoteError(text)
     agreed = type(found)(f"worker {rank} of {group.world_size}: {found}")
     raise _told(agreed) from own
+
+
+def workers() -> Any:
+    """vLLM's group of all workers of the engine; None where there is none yet."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    try:
+        return get_world_group()
+    except AssertionError:
+        return None
 
 
 def _told(error: Exception) -> Exception:

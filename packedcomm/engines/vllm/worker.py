@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 from packedcomm.endpoints import Target
 from packedcomm.engines.vllm import READ, TESTED, release_of
 from packedcomm.engines.vllm.adapters import adapter_target
-from packedcomm.engines.vllm.outcome import agree_on
+from packedcomm.engines.vllm.outcome import agree_on, workers
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError
@@ -105,7 +104,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             ArgumentError: an unknown key, or a malformed value.
             AuthenticationError, RendezvousTimeout, VersionMismatch, ...: as `Session.connect`.
         """
-        agree_on(lambda: self._connect(_request(InitRequest, init_info.fields)), _workers())
+        agree_on(lambda: self._connect(_request(InitRequest, init_info.fields)), workers())
 
     def _connect(self, request: InitRequest) -> None:
         self._leave()
@@ -136,7 +135,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             SessionStateError: not connected, asleep, or no such adapter.
             PeerLost, DeadlineExceeded, IntegrityError, ...: as `WeightReceiver.receive`.
         """
-        agree_on(lambda: self._update(_request(UpdateRequest, update_info.fields)), _workers())
+        agree_on(lambda: self._update(_request(UpdateRequest, update_info.fields)), workers())
 
     def _update(self, request: UpdateRequest) -> None:
         if self._session is None:
@@ -232,13 +231,6 @@ class _Adapter:
 
     def choose(self, manifest: Manifest) -> Target:  # noqa: ARG002
         return adapter_target(*self._where)
-
-
-def _workers() -> Any:
-    try:
-        return get_world_group()
-    except AssertionError:
-        return None
 
 
 def _request(kind: type[InitRequest | UpdateRequest], given: Mapping[str, Any]) -> Any:

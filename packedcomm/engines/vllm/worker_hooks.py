@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from packedcomm.engines.vllm.hooks import wrap
+from packedcomm.engines.vllm.outcome import agree_on, workers
 
 __all__ = ["install_worker_hooks"]
 
@@ -21,7 +23,7 @@ def install_worker_hooks() -> None:
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
     wrap(worker, "start_weight_update", _start)
     if hasattr(worker, "start_draft_weight_update"):
-        wrap(worker, "start_draft_weight_update", _start)
+        wrap(worker, "start_draft_weight_update", _start_draft)
     wrap(worker, "sleep", _sleep)
 
 
@@ -37,6 +39,15 @@ def _start(original: Callable[..., Any], worker: Any, *arguments: Any, **options
         worker._weight_update_active = False
         begin_anew()
     return original(*arguments, **options)
+
+
+def _start_draft(original: Callable[..., Any], worker: Any) -> None:
+    """As `_start`. Where there is no draft model, vLLM refuses it on every worker at once."""
+    start = partial(_start, original, worker)
+    if hasattr(worker.weight_transfer_engine, "begin_anew"):
+        agree_on(start, workers())
+    else:
+        start()
 
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1, **options: Any) -> Any:

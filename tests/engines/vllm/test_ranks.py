@@ -134,6 +134,15 @@ def test_what_is_refused_leaves_no_stale_answers(two_ranks, trainer, models):
     well(two_ranks, trainer, models)
 
 
+def test_a_draft_model_that_is_not_there(two_ranks, trainer, models):
+    session, updater = trainer
+    updater.update(FullWeightSender(models[0][0], session))
+    with pytest.raises(RemoteError, match="no draft model"):
+        updater.update(FullWeightSender(models[1][0], session), draft=True)
+    agree(two_ranks.generate(), models[0][1])
+    well(two_ranks, trainer, models)
+
+
 def test_a_killed_trainer(two_ranks, models):
     handle = LocalEngine(two_ranks.llm)
     trainer = DyingTrainer(models[0][0], receivers=2)
