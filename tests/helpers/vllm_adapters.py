@@ -172,7 +172,7 @@ class Engine:
         # vLLM leaves the contexts of its queues to the garbage collector, which it calls here. Of a
         # cycle, such as an exception's frames make, it may end a context before its sockets, and
         # waits for them for ever.
-        _CONTEXTS.extend(each for each in gc.get_objects() if isinstance(each, zmq.Context))
+        _CONTEXTS.extend(o for o in gc.get_objects() if issubclass(type(o), zmq.Context))
         self.llm.llm_engine.engine_core.shutdown()
 
     @property

@@ -104,12 +104,11 @@ class SyncedEngine(Engine):
         from vllm import LLM
 
         model.save_pretrained(path)
+        defaults = {"dtype": "float32", **OPTIONS}
         self.llm = LLM(
             model=str(path),
             weight_transfer_config={"backend": backend},
-            dtype="float32",
-            **OPTIONS,
-            **options,
+            **defaults | options,
         )
 
     def statuses(self):

@@ -18,6 +18,7 @@ from packedcomm.engines.vllm.live import Links, live_tensors
 from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording
 from packedcomm.engines.vllm.recording import Recorder
 from packedcomm.engines.vllm.reload import Reload
+from packedcomm.errors import ManifestError
 from packedcomm.manifest import Manifest
 
 __all__ = ["ModelWeights"]
@@ -80,8 +81,12 @@ class ModelWeights:
 
         Raises:
             ManifestError: the engine's loader doesn't know a name or a shape, or parameters are
-                missing; nothing is touched.
+                missing, or vLLM can't load this model twice; nothing is touched.
         """
+        if self._device.type == "cpu" and self._configs[1].quant_config is not None:
+            # Some of their kernels keep the address of what they were made of, and a reload frees
+            # that: vLLM's own `reload_weights` leaves NaN too.
+            raise ManifestError("on CPUs vLLM can't load the weights of a quantised model again")
         digest = manifest.digest
         target = self._targets.get(digest)
         if target is not None and (target.moved or self._links[digest].changed):
