@@ -63,6 +63,7 @@ TOLERANCE = {torch.float16: 0.1, torch.float32: 0.03 if GPUS > 1 else 2e-4}
 # Kept until the process ends.
 _CONTEXTS = []
 PROMPTS = ([1, 5, 9, 7, 300, 411], [3, 100, 200])
+PROMPT_TOKENS = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 TOKENS = 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COMMON = {
@@ -128,6 +129,25 @@ def generated(model):
     return result
 
 
+def greedy():
+    """How engines are asked."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, detokenize=False
+    )
+
+
+def answers(outputs):
+    """What an engine has answered, as `generated` gives it."""
+    result = []
+    for output in (o.outputs[0] for o in outputs):
+        tokens = list(output.token_ids)
+        found = [at[t].logprob for t, at in zip(tokens, output.logprobs, strict=True)]
+        result.append((tokens, torch.tensor(found)))
+    return result
+
+
 class Engine:
     """The engine, in this process unless told otherwise, with the hook installed here."""
 
@@ -154,19 +174,8 @@ class Engine:
         return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path, **options)
 
     def generate(self, request=None):
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(
-            max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, detokenize=False
-        )
-        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)
-        result = []
-        for output in (o.outputs[0] for o in outputs):
-            tokens = list(output.token_ids)
-            found = [at[t].logprob for t, at in zip(tokens, output.logprobs, strict=True)]
-            result.append((tokens, torch.tensor(found)))
-        return result
+        outputs = self.llm.generate(PROMPT_TOKENS, greedy(), use_tqdm=False, lora_request=request)
+        return answers(outputs)
 
     def close(self):
         # vLLM leaves the contexts of its queues to the garbage collector, which it calls here. Of a

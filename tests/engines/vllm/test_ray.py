@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("ray", reason="needs Ray")
@@ -13,7 +12,15 @@ import ray
 from packedcomm import FullWeightSender
 from packedcomm.engines.vllm.client import RayEngine
 from packedcomm.errors import ManifestError
-from tests.helpers.vllm_adapters import OPTIONS, PROMPTS, TOKENS, TRAINER, generated, llama
+from tests.helpers.vllm_adapters import (
+    OPTIONS,
+    PROMPT_TOKENS,
+    TRAINER,
+    answers,
+    generated,
+    greedy,
+    llama,
+)
 from tests.helpers.vllm_engines import WAIT_S, agree, tensors_of, trainer_of, two_models
 
 pytestmark = [
@@ -42,23 +49,6 @@ def models():
     return two_models()
 
 
-def _sampling():
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, detokenize=False
-    )
-
-
-def _answers(outputs):
-    result = []
-    for output in (o.outputs[0] for o in outputs):
-        tokens = list(output.token_ids)
-        found = [at[t].logprob for t, at in zip(tokens, output.logprobs, strict=True)]
-        result.append((tokens, torch.tensor(found)))
-    return result
-
-
 class Blocking:
     """An actor that is a `vllm.LLM`."""
 
@@ -68,9 +58,8 @@ class Blocking:
         self.actor = ray.remote(LLM).remote(**options)
 
     def generate(self):
-        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        done = self.actor.generate.remote(prompts, _sampling(), use_tqdm=False)
-        return _answers(ray.get(done, timeout=WAIT_S))
+        done = self.actor.generate.remote(PROMPT_TOKENS, greedy(), use_tqdm=False)
+        return answers(ray.get(done, timeout=WAIT_S))
 
 
 class Async:
@@ -88,23 +77,20 @@ class Async:
 
             async def answer(self, prompt, sampling, name):
                 last = None
-                async for output in self.generate({"prompt_token_ids": prompt}, sampling, name):
+                async for output in self.generate(prompt, sampling, name):
                     last = output
                 return last
 
         self.actor = ray.remote(Actor).remote(options)
         self._asked = 0
 
-    def ask(self):
-        """Requests for all prompts, which are on their way."""
-        self._asked += 1
-        return [
-            self.actor.answer.remote(prompt, _sampling(), f"{self._asked}-{number}")
-            for number, prompt in enumerate(PROMPTS)
-        ]
-
     def generate(self):
-        return _answers(ray.get(self.ask(), timeout=WAIT_S))
+        self._asked += 1
+        asked = [
+            self.actor.answer.remote(prompt, greedy(), f"{self._asked}-{number}")
+            for number, prompt in enumerate(PROMPT_TOKENS)
+        ]
+        return answers(ray.get(asked, timeout=WAIT_S))
 
 
 @pytest.fixture(scope="module", params=[Blocking, Async])
