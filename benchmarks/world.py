@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from packedcomm.cli.parent import end_with_parent
+
 __all__ = ["World", "WorldFailure", "run_world"]
 
 # What every world's processes import is imported once; it doesn't touch CUDA, which doesn't survive
@@ -267,6 +269,7 @@ def _rank_main(
     parent: Connection,
     arguments: tuple[Any, ...],
 ) -> None:
+    end_with_parent()
     try:
         device = torch.device("cpu")
         if device_type == "cuda":

@@ -87,6 +87,8 @@ class Leading:
         self._session = session
         self._verify = verify
         self._statistics = statistics
+        # By which the session knows whose the last sync was.
+        self._mark = object()
         self._generation = 0
         self._held: dict[str, list[tuple[Region, ...]]] = {}
         self._agreed: dict[str, None] = {}
@@ -276,6 +278,7 @@ class Leading:
                     )
             session.phases.enter(SyncState.COMMITTED)
             session.committed_generation = session.generation
+            session.committed_by = self._mark
             self._under_way = False
         return combined_changes([vote.changes for vote in self._votes])
 
@@ -293,6 +296,8 @@ class Leading:
         self._session.wait()
         if self._session.generation != self._session.committed_generation:
             raise SessionStateError("no_change: receivers have come or gone since the last sync")
+        if self._session.committed_by is not self._mark:
+            raise SessionStateError("no_change: another sender of this session has synced since")
         with self.failing():
             self._begin(0)
             self._votes = []

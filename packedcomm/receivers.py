@@ -78,7 +78,7 @@ class WeightReceiver:
         self._error_at = 0
         self._told = False
         self._thread: threading.Thread | None = None
-        self._ending = threading.Event()
+        self._ending = False
 
     def receive(
         self, timeout_s: float | None = None, *, since: int | None = None
@@ -143,7 +143,7 @@ class WeightReceiver:
         decided = self._following.attach(session)
         with self._lock:
             self._thread = None
-            self._ending.clear()
+            self._ending = False
             self._end = self._error = None
         session.phases.settle(self._holding.state)
         return decided
@@ -200,7 +200,7 @@ class WeightReceiver:
         Raises:
             Exception: what ended the thread, at the first call.
         """
-        self._ending.set()
+        self._ending = True
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(self.session.settings.close_timeout_s)
@@ -225,11 +225,11 @@ class WeightReceiver:
         try:
             if self.session.device.type == "cuda":
                 torch.cuda.set_device(self.session.device)
-            while not self._ending.is_set():
+            while not self._ending:
                 if not self._take_in_background(on_update):
                     return
         except BaseException as error:
-            if self._ending.is_set() and isinstance(error, (PeerLost, SessionStateError)):
+            if self._ending and isinstance(error, (PeerLost, SessionStateError)):
                 return  # what closing looks like from here
             logger.exception("the receiver's thread ended")
             self._note_error(error)

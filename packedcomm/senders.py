@@ -142,7 +142,7 @@ class FullWeightSender:
         self._in_step = True
         if changed == 0 and len(manifest):
             warnings.warn(
-                f"version {version} has exactly the bytes of the version before: 0 of "
+                f"version {version} has exactly the bytes that this sender sent before: 0 of "
                 f"{len(manifest)} tensors changed",
                 UnchangedWeightsWarning,
                 stacklevel=2,
@@ -166,8 +166,8 @@ class FullWeightSender:
         """Tell every receiver that `version` has the weights of the version before.
 
         Raises:
-            SessionStateError: there is no such version: nothing was sent yet, or the last sync
-                failed.
+            SessionStateError: there is no such version: nothing was sent yet, the last sync failed,
+                or was another sender's.
             RemoteError: a receiver doesn't have it.
             As `sync`.
         """

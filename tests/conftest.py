@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import tempfile
+from multiprocessing.util import Finalize
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ import torch
 from tests.helpers.processes import start_server
 
 # Flight records of syncs that fail on purpose among others; processes inherit it.
-_folder = tempfile.TemporaryDirectory(prefix="packedcomm-tests-", ignore_cleanup_errors=True)
-tempfile.tempdir = os.environ["TMPDIR"] = _folder.name
+_folder = tempfile.mkdtemp(prefix="packedcomm-tests-")
+tempfile.tempdir = os.environ["TMPDIR"] = _folder
 
 # torch's TCPStore asks for the name of every address that it connects to. Where nobody answers that
 # takes 5 s and more, which no deadline of a test allows for; processes inherit this.
@@ -27,6 +29,14 @@ def _server(request: pytest.FixtureRequest) -> None:
     # A fixture, so that what its forks print is captured. The tests of the real vLLM have others.
     if not all("engines/vllm/" in item.nodeid for item in request.session.items):
         start_server()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        # After multiprocessing has removed what it has there, at -100.
+        Finalize(None, shutil.rmtree, [_folder, True], exitpriority=-200)
+    elif (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        reporter.write_line(f"what the tests have written stays in {_folder}")
 
 
 def pytest_collection_finish() -> None:

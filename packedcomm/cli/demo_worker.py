@@ -7,7 +7,6 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from packedcomm.cli.demo_messages import (
     Snapshot,
 )
 from packedcomm.cli.demo_model import DemoModel, load_model
+from packedcomm.cli.parent import end_with_parent
 from packedcomm.communicators import Communicator, GlooCommunicator, Listener, NcclCommunicator
 from packedcomm.errors import ArgumentError, CheckpointError, ConfigMismatch
 from packedcomm.events import ChunkMoved, TransferFinished
@@ -49,7 +49,7 @@ def process_main(
     role: Role, connection: multiprocessing.connection.Connection, options: DemoOptions, rank: int
 ) -> None:
     """Entry point of a process: run the role, report its failure, exit with status 1."""
-    _end_with_parent()
+    end_with_parent()
     _make_comparable(options)
     link = Link(connection)
     try:
@@ -201,16 +201,3 @@ def _make_comparable(options: DemoOptions) -> None:
     if options.device == "cuda":
         # Read by cuBLAS when it is first used; without it torch warns at every product.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent dies, even in the middle of a collective."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, name="parent watch", daemon=True).start()

@@ -61,6 +61,7 @@ class _Held:
         self.closed = False
         """Whether nobody may use it any more."""
         self.released = False
+        """Whether everything has been ended."""
 
     def check(self) -> None:
         """Raise if it is closed."""
@@ -70,12 +71,11 @@ class _Held:
     def release(self) -> None:
         """End everything. Idempotent."""
         self.closed = True
-        if self.released:
-            return
-        self.released = True
-        for end in self.endings:
-            end()
-        self.context.term()
+        if not self.released:
+            for end in self.endings:
+                end()
+            self.context.term()
+            self.released = True
 
 
 class Channel:
@@ -157,16 +157,23 @@ class Channel:
     def close(self) -> None:
         """Send what is on its way, for a second at most, and release everything. Idempotent; may be
         called from any thread, and from a signal handler in the middle of any other call."""
-        self._forgotten.detach()
         self._held.closed = True
-        if self._in_a_call():
-            # Nothing is taken away under ZeroMQ: when the interrupted call has returned. The
-            # interpreter's end waits for this thread.
-            threading.Thread(target=self._release, name="packedcomm-release").start()
-        else:
+        if self._held.released:
+            return
+        # A thread of its own isn't interrupted half-way. It waits for the end of whatever call has
+        # the channel, since nothing is taken away under ZeroMQ; the interpreter's end waits for it.
+        thread = threading.Thread(target=self._release, name="packedcomm-release")
+        try:
+            thread.start()
+        except RuntimeError:
+            # The interpreter is ending, and starts no more threads.
             self._release()
+            return
+        if not self._in_a_call():
+            thread.join()
 
     def _in_a_call(self) -> bool:
+        """Whether this thread has the channel."""
         try:
             self._own.notify()
         except RuntimeError:
@@ -176,6 +183,7 @@ class Channel:
     def _release(self) -> None:
         with self._lock:
             self._held.release()
+        self._forgotten.detach()
 
     def leave_to_parent(self) -> None:
         """In a process that was forked: never touch again what is the parent's."""

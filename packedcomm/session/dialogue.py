@@ -6,6 +6,7 @@ import abc
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Container, Sequence
 from typing import Any, ClassVar
 
@@ -55,6 +56,7 @@ class Dialogue(SessionEnd):
         self._channel: SenderChannel = channel
         self.address = channel.address
         self.members = Members()
+        self._frames: deque[tuple[bytes, bytes]] = deque()
         # Of the last message sent, and of the last `Cancel`: an answer to an earlier question and a
         # failure from before a `Cancel` are of no interest any more.
         self._number = 0
@@ -297,26 +299,39 @@ class Dialogue(SessionEnd):
 
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
         frames, gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)
-        for peer, frame in frames:
-            member = self.members.get(peer)
+        # Whoever is interrupted from here on leaves what it hasn't sorted to the next one.
+        self._frames.extend(frames)
+        while self._frames:
             try:
-                number, message = decode(frame, self.settings)
-                if not message.from_receiver:
-                    raise ProtocolError(f"{type(message).__name__} is not for receivers to say")
-                if member is None:
-                    self._take_in(peer, message)
-                    continue
-                if isinstance(message, Hello):
-                    raise ProtocolError("Hello was said before")
-            except ProtocolError as error:
-                if member is None:
-                    self._refuse(peer, error)
-                    continue
-                number, message = self._number, Failure(*described(error))
-            member.hear(number, message)
+                self._sort(*self._frames[0])
+            except Exception:
+                self._frames.popleft()
+                raise
+            self._frames.popleft()
         for peer in gone:
             if (member := self.members.get(peer)) is not None:
                 member.disconnect(self._during())
+
+    def _sort(self, peer: bytes, frame: bytes) -> None:
+        """Act on what a peer has said, or keep it for whoever waits for it."""
+        member = self.members.get(peer)
+        try:
+            number, message = decode(frame, self.settings)
+            if not message.from_receiver:
+                raise ProtocolError(f"{type(message).__name__} is not for receivers to say")
+            if member is None:
+                self._take_in(peer, message)
+                return
+            if isinstance(message, Hello):
+                if message == member.hello:
+                    return  # whoever took it in was interrupted
+                raise ProtocolError("Hello was said before")
+        except ProtocolError as error:
+            if member is None:
+                self._refuse(peer, error)
+                return
+            number, message = self._number, Failure(*described(error))
+        member.hear(number, message)
 
     def _refuse(self, peer: bytes, error: BaseException) -> None:
         """Tell a peer why the session has no place for it. Never raises."""

@@ -88,18 +88,23 @@ class Ending(abc.ABC):
             communicator.abort(reason)
 
     def close(self) -> None:
-        """Leave the session, tell the other side, and release everything. Idempotent."""
+        """Leave the session, tell the other side, and release everything. Idempotent; one that was
+        interrupted can be called again."""
         if self._closed:
             return
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._channel.close)
+                # NCCL's order would be to wait for other ranks, which may not be about to close.
+                quiet = self.device.type != "cuda"
+                stack.callback(self.drop_communicator, "the session is closed", in_order=quiet)
+                self._end(SyncState.CLOSED, "the session is closed", in_order=True)
+                if self._supervisor is not None:
+                    self._supervisor.stop(self.settings.close_timeout_s)
+        except Exception:
+            self._closed = True
+            raise
         self._closed = True
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._channel.close)
-            # NCCL's order would be to wait for other ranks, which may not be about to close.
-            quiet = self.device.type != "cuda"
-            stack.callback(self.drop_communicator, "the session is closed", in_order=quiet)
-            self._end(SyncState.CLOSED, "the session is closed", in_order=True)
-            if self._supervisor is not None:
-                self._supervisor.stop(self.settings.close_timeout_s)
 
     def _end(self, state: SyncState, reason: str, *, in_order: bool) -> bool:
         """Mark this end as over, unless it is already, and say so; whether it wasn't.

@@ -77,6 +77,8 @@ class SenderSession(Dialogue):
         """Number of the last sync that was decided to be committed."""
         self.committed_generation = 0
         """Generation of the communicator over which the last sync was committed."""
+        self.committed_by: object = None
+        """What tells whose that sync was."""
         self._first = receivers
         # Whether there has been a communicator of all that were waited for.
         self._begun = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -30,12 +31,14 @@ class Supervisor:
             name: of the thread.
         """
         self._look: weakref.WeakMethod[Any] = weakref.WeakMethod(look)
-        self._stopping = threading.Event()
+        # Held until `stop`. An event's lock would stay held by whoever is interrupted in its `set`.
+        self._running = threading.Lock()
+        self._running.acquire()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stopping.wait(LOOK_S):
+        while not self._running.acquire(timeout=LOOK_S):
             look = self._look()
             if look is None:
                 return
@@ -48,6 +51,7 @@ class Supervisor:
 
     def stop(self, timeout_s: float) -> None:
         """End the thread and wait for that; from the thread itself it only ends. Idempotent."""
-        self._stopping.set()
+        with contextlib.suppress(RuntimeError):
+            self._running.release()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)

@@ -3,6 +3,7 @@ the next sync works at once."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from packedcomm import (
     FullWeightSender,
+    Session,
     StagedTarget,
     TensorTarget,
     WeightReceiver,
@@ -179,3 +181,29 @@ def test_what_fails_while_the_commit_copies_is_torn_and_the_sender_hears_of_it()
         sent["w"].fill_(2.0)
         assert Round(sender.sync, [receiver]).sent.version == 2
         assert receiver.status().version == 2
+
+
+def test_whoever_comes_when_the_sender_is_interrupted_is_taken_in(monkeypatch):
+    with sessions(1) as (session, _):
+        take_in, interrupted = session._take_in, []
+
+        def interrupt(peer, hello):
+            # The supervisor may be the one that looks; it goes on.
+            if threading.current_thread() is threading.main_thread() and not interrupted:
+                interrupted.append(peer)
+                raise KeyboardInterrupt
+            take_in(peer, hello)
+
+        monkeypatch.setattr(session, "_take_in", interrupt)
+        came = []
+        thread = threading.Thread(
+            target=lambda: came.append(Session.connect(session.address, settings=QUICK))
+        )
+        thread.start()
+        deadline = time.monotonic() + 5
+        while not came and time.monotonic() < deadline:
+            with contextlib.suppress(KeyboardInterrupt):
+                session._pump(0.05)
+        thread.join()
+        assert len(session.members) == 2
+        came[0].close()

@@ -43,6 +43,29 @@ def test_a_signal_handler_may_end_the_session_that_it_interrupts(who, call):
         eventually(lambda: interrupted._channel._context.closed)
 
 
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_a_close_that_is_interrupted_leaves_nothing_behind(who):
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for number in range(20):
+            with sessions(1) as (session, (end,)):
+                closing = session if who == "sender" else end
+                try:
+                    # Anywhere in it, from its beginning to some time after its end.
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + number * 1e-4)
+                    closing.close()
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                closing.close()
+                eventually(lambda: closing._channel._context.closed)  # noqa: B023
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted
+
+
 # In a process of its own, which may fork and hang.
 FORKING = """
 import faulthandler, os, sys, time, warnings

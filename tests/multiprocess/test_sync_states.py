@@ -82,6 +82,21 @@ def test_torn_weights_stay_torn_until_all_of_them_are_written_again():
         assert receiver.status().version == 6
 
 
+def test_no_change_is_refused_where_another_sender_has_sent_since():
+    live = weights(0.0)
+    with sessions(1) as (session, (end,)):
+        receiver = WeightReceiver(TensorTarget(live), end)
+        first, second = (FullWeightSender(weights(value), session) for value in (1.0, 2.0))
+        for sender in (first, second):
+            assert Round(sender.sync, [receiver]).sent.version == 0
+        with pytest.raises(SessionStateError, match="another sender"):
+            first.no_change()
+        assert Round(second.no_change, [receiver]).sent.version == 1
+        assert {value for tensor in live.values() for value in tensor.flatten().tolist()} == {2.0}
+        assert Round(first.sync, [receiver]).sent.version == 1
+        assert Round(first.no_change, [receiver]).sent.version == 2
+
+
 def test_no_change_is_refused_where_there_is_nothing_to_keep():
     live = [weights(0.0), weights(0.0)]
     with sessions(2) as (session, ends):
@@ -102,6 +117,7 @@ def test_no_change_is_refused_where_there_is_nothing_to_keep():
         # Another sender knows nothing of that, but the receivers do.
         other = FullWeightSender(weights(1.0), session)
         other.version, other._in_step = 3, True
+        session.committed_by = other._leading._mark
         outcome = Round(lambda: other.no_change(9), receivers)
         assert isinstance(outcome.sent, RemoteError)
         assert "SessionStateError: " in str(outcome.sent)

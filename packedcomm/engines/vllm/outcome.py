@@ -24,12 +24,15 @@ logger = logging.getLogger("packedcomm")
 _MOST = 4096
 
 
-def agree_on(call: Callable[[], None], group: Any) -> None:
+def agree_on(call: Callable[[], object], group: Any) -> bool:
     """Do something on every worker of one engine; returns when all have done it, or one has failed.
 
     Args:
         call: what this worker does; it must end in bounded time.
         group: vLLM's group of all workers of the engine, or None for a single one.
+
+    Returns:
+        Whether all have done it.
 
     Raises:
         PackedCommError: what has failed, on this worker or on another one; only on the last worker.
@@ -43,15 +46,15 @@ def agree_on(call: Callable[[], None], group: Any) -> None:
     if group is None or group.world_size == 1:
         if own is not None:
             raise _told(own)
-        return
+        return True
     texts = _shared("" if own is None else marked(own), group)
     failed = [(rank, text) for rank, text in enumerate(texts) if text]
     if not failed:
-        return
+        return True
     if group.rank_in_group != group.world_size - 1:
         if own is not None:
             logger.warning("the last worker raises this one's error: %s", own, exc_info=own)
-        return
+        return False
     rank, text = failed[0]
     found = unmarked(text) or RemoteError(text)
     agreed = type(found)(f"worker {rank} of {group.world_size}: {found}")

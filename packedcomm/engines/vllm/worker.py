@@ -19,7 +19,6 @@ from vllm.distributed.weight_transfer.base import (
 from packedcomm.endpoints import Target
 from packedcomm.engines.vllm import READ, TESTED, release_of
 from packedcomm.engines.vllm.adapters import adapter_target
-from packedcomm.engines.vllm.outcome import agree_on, workers
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError
@@ -55,9 +54,9 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     worker's own thread. The secret is read from the worker's environment (`PACKEDCOMM_SECRET` or
     `PACKEDCOMM_SECRET_FILE`), like all other settings.
 
-    A call that fails on one worker fails on all of them; only the last one's exception reaches
-    vLLM's caller. After it the engine answers: with the old weights where nothing was loaded yet,
-    else with weights that the message calls torn, until the next update.
+    A call that fails on one worker fails on all of them (see `worker_hooks`). After it the engine
+    answers: with the old weights where nothing was loaded yet, else with weights that the message
+    calls torn, until the next update.
     """
 
     init_info_cls = InitInfo
@@ -88,7 +87,6 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
-    # vLLM must not raise here, which it would do on every worker at once.
     def parse_init_info(self, init_dict: dict[str, Any]) -> InitInfo:
         """Keep what has come; it is looked at where a failure can be agreed on."""
         return InitInfo(init_dict)
@@ -104,9 +102,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             ArgumentError: an unknown key, or a malformed value.
             AuthenticationError, RendezvousTimeout, VersionMismatch, ...: as `Session.connect`.
         """
-        agree_on(lambda: self._connect(_request(InitRequest, init_info.fields)), workers())
-
-    def _connect(self, request: InitRequest) -> None:
+        request: InitRequest = _request(InitRequest, init_info.fields)
         self._leave()
         settings = replace(self._settings, connect_timeout_s=request.connect_timeout_s)
         self._session = Session.connect(request.address, device=self.device, settings=settings)
@@ -135,9 +131,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             SessionStateError: not connected, asleep, or no such adapter.
             PeerLost, DeadlineExceeded, IntegrityError, ...: as `WeightReceiver.receive`.
         """
-        agree_on(lambda: self._update(_request(UpdateRequest, update_info.fields)), workers())
-
-    def _update(self, request: UpdateRequest) -> None:
+        request: UpdateRequest = _request(UpdateRequest, update_info.fields)
         if self._session is None:
             raise SessionStateError("update: not connected to a trainer: initialize it first")
         if request.epoch not in ("", self._session.epoch):

@@ -1,4 +1,4 @@
-"""What vLLM's workers do that this backend's engine has to hear of."""
+"""What surrounds the calls of vLLM's workers, where their engine is this backend's."""
 
 from __future__ import annotations
 
@@ -12,46 +12,59 @@ from packedcomm.engines.vllm.outcome import agree_on, workers
 
 __all__ = ["install_worker_hooks"]
 
+_STARTS = ("start_weight_update", "start_draft_weight_update")
+_OTHERS = (
+    "init_weight_transfer_engine",
+    "update_weights",
+    "finish_weight_update",
+    "shutdown_weight_transfer_engine",
+)
+
 # From this level on a sleeping engine's weights are lost, and not kept on the host.
 _LOST = 2
 
 
 def install_worker_hooks() -> None:
-    """Have vLLM's workers tell their engines, where these are this backend's: before an update
-    begins, `begin_anew`, and when the contents of the weights are lost, `lose_contents`.
-    Idempotent."""
+    """Have the workers of an engine agree on how each call of an update has ended, also where vLLM
+    itself refuses it; and tell their engines, before an update begins, `begin_anew`, and when the
+    contents of the weights are lost, `lose_contents`. Idempotent."""
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
-    wrap(worker, "start_weight_update", _start)
-    if hasattr(worker, "start_draft_weight_update"):
-        wrap(worker, "start_draft_weight_update", _start_draft)
+    for names, around in ((_STARTS, _start), (_OTHERS, _call)):
+        for name in names:
+            if hasattr(worker, name):
+                wrap(worker, name, around)
     wrap(worker, "sleep", _sleep)
 
 
 def _start(original: Callable[..., Any], worker: Any, *arguments: Any, **options: Any) -> Any:
-    """An update may begin on every worker whatever has become of the one before.
-
-    Only the last worker raises (see `outcome`), so only there vLLM notes that an update that failed
-    is not under way any more, and it notes nothing where a trainer has died between its calls. It
-    would refuse the next update, on some workers and not on others, or take it for the draft model.
-    """
-    begin_anew = getattr(worker.weight_transfer_engine, "begin_anew", None)
-    if begin_anew is not None:
+    """An update may begin on every worker whatever has become of the one before: vLLM notes nothing
+    where a trainer has died between its calls. It would refuse the next update, or take it for the
+    draft model."""
+    if _is_ours(worker):
         worker._weight_update_active = False
-        begin_anew()
-    return original(*arguments, **options)
+        worker.weight_transfer_engine.begin_anew()
+    return _call(original, worker, *arguments, **options)
 
 
-def _start_draft(original: Callable[..., Any], worker: Any) -> None:
-    """As `_start`. Where there is no draft model, vLLM refuses it on every worker at once."""
-    start = partial(_start, original, worker)
-    if hasattr(worker.weight_transfer_engine, "begin_anew"):
-        agree_on(start, workers())
-    else:
-        start()
+def _call(original: Callable[..., Any], worker: Any, *arguments: Any, **options: Any) -> Any:
+    """Only the last worker raises (see `outcome`), so vLLM would note only there that an update has
+    failed and isn't under way any more."""
+    if not _is_ours(worker):
+        return original(*arguments, **options)
+    done = False
+    try:
+        done = agree_on(partial(original, *arguments, **options), workers())
+    finally:
+        if not done:
+            worker._weight_update_active = False
+    return None
 
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1, **options: Any) -> Any:
-    lose_contents = getattr(worker.weight_transfer_engine, "lose_contents", None)
-    if lose_contents is not None and level >= _LOST:
-        lose_contents()
+    if _is_ours(worker) and level >= _LOST:
+        worker.weight_transfer_engine.lose_contents()
     return original(level, **options)
+
+
+def _is_ours(worker: Any) -> bool:
+    return hasattr(getattr(worker, "weight_transfer_engine", None), "begin_anew")

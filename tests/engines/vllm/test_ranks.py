@@ -60,6 +60,16 @@ def leave_session(worker, rank):
         worker.weight_transfer_engine._session.close()
 
 
+def release(worker):
+    """Runs in each worker: as servers can be told to from vLLM 0.32 on."""
+    getattr(worker, "shutdown_weight_transfer_engine", worker.weight_transfer_engine.shutdown)()
+
+
+def is_updating(worker):
+    """Runs in each worker."""
+    return worker._weight_update_active
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     engine = SyncedEngine(llama(), tmp_path_factory.mktemp("two"), tensor_parallel_size=2)
@@ -131,6 +141,40 @@ def test_what_is_refused_leaves_no_stale_answers(two_ranks, trainer, models):
     handle.start_weight_update()
     with pytest.raises(Exception, match=r"\[packedcomm:ArgumentError\].*bogus"):
         handle.update_weights({"bogus": 1})
+    well(two_ranks, trainer, models)
+
+
+def rank_of(worker):
+    """Runs in each worker."""
+    return worker.rank
+
+
+def test_calls_out_of_order_leave_no_stale_answers(two_ranks, trainer, models):
+    session, updater = trainer
+    updater.update(FullWeightSender(models[0][0], session))
+    llm = two_ranks.llm
+    with pytest.raises(Exception, match="without a matching start"):
+        llm.finish_weight_update()
+    assert llm.collective_rpc(rank_of) == [0, 1]
+    with pytest.raises(Exception, match="must be called before"):
+        llm.update_weights({"update_info": {}})
+    assert llm.collective_rpc(rank_of) == [0, 1]
+    agree(two_ranks.generate(), models[0][1])
+    well(two_ranks, trainer, models)
+
+
+def test_a_refused_update_is_over_on_every_worker(two_ranks, trainer, models):
+    session, updater = trainer
+    updater.update(FullWeightSender(models[0][0], session))
+    tensors = tensors_of(models[0][0])
+    del tensors["model.norm.weight"]
+    with pytest.raises(ManifestError, match="not sent"):
+        updater.update(FullWeightSender(tensors, session))
+    assert two_ranks.llm.collective_rpc(is_updating) == [False, False]
+    assert two_ranks.llm.collective_rpc(release) == [None, None]
+    assert two_ranks.llm.collective_rpc(rank_of) == [0, 1]
+    agree(two_ranks.generate(), models[0][1])
+    assert updater.connect() == 2
     well(two_ranks, trainer, models)
 
 
