@@ -13,12 +13,9 @@ from packedcomm.engines.vllm.outcome import agree_on, workers
 __all__ = ["install_worker_hooks"]
 
 _STARTS = ("start_weight_update", "start_draft_weight_update")
-_OTHERS = (
-    "init_weight_transfer_engine",
-    "update_weights",
-    "finish_weight_update",
-    "shutdown_weight_transfer_engine",
-)
+_ENDS = ("finish_weight_update", "shutdown_weight_transfer_engine")
+# Of these nobody's succeeds before everybody is called, whatever server they belong to.
+_JOINT = ("init_weight_transfer_engine", "update_weights")
 
 # From this level on a sleeping engine's weights are lost, and not kept on the host.
 _LOST = 2
@@ -29,7 +26,7 @@ def install_worker_hooks() -> None:
     itself refuses it; and tell their engines, before an update begins, `begin_anew`, and when the
     contents of the weights are lost, `lose_contents`. Idempotent."""
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
-    for names, around in ((_STARTS, _start), (_OTHERS, _call)):
+    for names, around in ((_STARTS, _start), (_ENDS, _call_here), (_JOINT, _call)):
         for name in names:
             if hasattr(worker, name):
                 wrap(worker, name, around)
@@ -43,6 +40,15 @@ def _start(original: Callable[..., Any], worker: Any, *arguments: Any, **options
     if _is_ours(worker):
         worker._weight_update_active = False
         worker.weight_transfer_engine.begin_anew()
+    return _call_here(original, worker, *arguments, **options)
+
+
+def _call_here(original: Callable[..., Any], worker: Any, *arguments: Any, **options: Any) -> Any:
+    """As `_call`, but where vLLM's group has the workers of other servers too, which may be called
+    at another time or not at all, nobody waits for them."""
+    group = workers()
+    if group is not None and group.world_size > worker.parallel_config.world_size:
+        return original(*arguments, **options)
     return _call(original, worker, *arguments, **options)
 
 
