@@ -6,7 +6,6 @@ compare and assert only what one rank can know.
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from packedcomm.communicators.base import Communicator
 from packedcomm.errors import PackedCommError
 from tests.helpers.ranks import AddressBox
 from tests.helpers.tensors import digest, digests, odd_tensors, random_bits
+from tests.helpers.usage import files_and_threads
 
 TIMEOUT_S = 30.0
 
@@ -267,15 +267,16 @@ def create_and_destroy(
                 torch.cuda.synchronize(device)
         if number == rounds // 5:
             before = _usage(process, device)
+    files_and_threads((before["descriptors"], before["threads"]))
     after = _usage(process, device)
     return {key: after[key] - before[key] for key in after}
 
 
 def _usage(process: psutil.Process, device: torch.device) -> dict[str, int]:
-    gc.collect()
+    descriptors, threads = files_and_threads()
     usage = {
-        "descriptors": process.num_fds(),
-        "threads": process.num_threads(),
+        "descriptors": descriptors,
+        "threads": threads,
         "resident_bytes": process.memory_info().rss,
     }
     if device.type == "cuda":

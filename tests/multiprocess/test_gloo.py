@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from tests.helpers.operations import (
     connect_gloo as connect,
 )
 from tests.helpers.ranks import AddressBox, run_ranks
+from tests.helpers.usage import files_and_threads
 
 
 @pytest.mark.parametrize("world_size", range(1, 18))
@@ -257,16 +257,15 @@ def test_torch_distributeds_default_group_is_untouched(tmp_path):
 
 def _come_and_go(rank, world_size, box, rounds):
     process = psutil.Process()
-    seen = []
     for i in range(rounds):
         with connect(box, rank, world_size) as communicator:
             tensor = torch.full((10_000,), float(i))
             communicator.broadcast(tensor, i % world_size)
             communicator.all_reduce(tensor)
             communicator.close()
-        gc.collect()
-        seen.append((process.num_fds(), process.num_threads(), process.memory_info().rss))
-    return seen[9], seen[-1]
+        if i == 9:
+            early = *files_and_threads(), process.memory_info().rss
+    return early, (*files_and_threads(early[:2]), process.memory_info().rss)
 
 
 def test_fifty_rounds_of_connect_and_close_do_not_grow():

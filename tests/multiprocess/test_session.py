@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import time
 
-import psutil
 import pytest
 import torch
 
@@ -49,6 +47,7 @@ from tests.helpers.sessions import (
     open_session,
     serve,
 )
+from tests.helpers.usage import files_and_threads
 
 
 def _round_trips(rank, world_size, box, secret):
@@ -377,17 +376,15 @@ def test_every_session_has_an_epoch_of_its_own_and_none_is_forgotten_silently():
 
 
 def _come_and_go(rank, world_size, box, rounds):
-    process = psutil.Process()
-    seen = []
-    for _ in range(rounds):
+    for number in range(rounds):
         with join(box, rank, world_size) as session:
             if rank:
                 serve(session, {Commit: Committed(1)})
             else:
                 session.ask(Commit(1), Committed)
-        gc.collect()
-        seen.append((process.num_fds(), process.num_threads()))
-    return seen[2], seen[-1]
+        if number == 2:
+            early = files_and_threads()
+    return early, files_and_threads(early)
 
 
 def test_sessions_that_come_and_go_leave_nothing_behind():

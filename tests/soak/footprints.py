@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ __all__ = ["Footprints"]
 
 # What an allocator may keep without anything leaking.
 SLACK_BYTES = 24 << 20
+
+# For threads that have ended to be gone, on a busy machine.
+_SETTLING_S = 5.0
 
 
 @dataclass
@@ -21,9 +25,15 @@ class Footprints:
     """By rank: resident bytes, descriptors, threads."""
 
     def take(self, pids: dict[str, int]) -> None:
-        """Look at processes now."""
+        """Look at processes now; a thread that has ended is given a moment to be gone."""
+        deadline = time.monotonic() + _SETTLING_S
         for name, pid in pids.items():
-            self.samples.setdefault(name, []).append(_sample(pid))
+            samples = self.samples.setdefault(name, [])
+            sample = _sample(pid)
+            while samples and _more(sample, samples[0]) and time.monotonic() < deadline:
+                time.sleep(0.02)
+                sample = _sample(pid)
+            samples.append(sample)
 
     def grown(self) -> list[str]:
         """What has grown between the first sample and the last."""
@@ -49,6 +59,11 @@ class Footprints:
 
     def _all(self) -> list[tuple[str, list[tuple[int, int, int]]]]:
         return list(self.samples.items())
+
+
+def _more(sample: tuple[int, int, int], first: tuple[int, int, int]) -> bool:
+    """Whether it has more descriptors or threads."""
+    return sample[1] > first[1] or sample[2] > first[2]
 
 
 def _in_mb(sample: tuple[int, int, int]) -> tuple[float, int, int]:

@@ -83,7 +83,7 @@ class ModelWeights:
             ManifestError: the engine's loader doesn't know a name or a shape, or parameters are
                 missing, or vLLM can't load this model twice; nothing is touched.
         """
-        if self._device.type == "cpu" and self._configs[1].quant_config is not None:
+        if self._device.type == "cpu" and getattr(self._configs[1], "quant_config", None):
             # Some of their kernels keep the address of what they were made of, and a reload frees
             # that: vLLM's own `reload_weights` leaves NaN too.
             raise ManifestError("on CPUs vLLM can't load the weights of a quantised model again")
