@@ -218,8 +218,11 @@ class Dialogue(SessionEnd):
         if self._ended is None:
             # Those without a place yet may have been told by other means to wait for this sync.
             with contextlib.suppress(PackedCommError):
-                message = Cancel(*described(error), untouched)
-                self._cancelled = self._say(message, members=self.members.present)
+                members = self.members.present
+                caps = [member.hello.max_frame_bytes for member in members]
+                fitting = min([self.settings.max_frame_bytes, *caps])
+                message = Cancel(*described(error, fitting), untouched)
+                self._cancelled = self._say(message, members=members)
 
     def interrupt(self, error: PackedCommError) -> None:
         """End the sync that is under way as if every receiver that hasn't reported a failure had
@@ -233,7 +236,7 @@ class Dialogue(SessionEnd):
         self._given_up = error
         for member in self.members.connected:
             if member.failure_since(self._cancelled) is None:
-                member.hear(self._number, Failure(*described(error)))
+                member.hear(self._number, Failure(*described(error, self.settings.max_frame_bytes)))
 
     def known_failure(self) -> PackedCommError | None:
         """As `failure`, of what has come already."""
@@ -330,12 +333,13 @@ class Dialogue(SessionEnd):
             if member is None:
                 self._refuse(peer, error)
                 return
-            number, message = self._number, Failure(*described(error))
+            number = self._number
+            message = Failure(*described(error, self.settings.max_frame_bytes))
         member.hear(number, message)
 
     def _refuse(self, peer: bytes, error: BaseException) -> None:
         """Tell a peer why the session has no place for it. Never raises."""
-        kind, text, _ = described(error)
+        kind, text, _ = described(error, self.settings.max_frame_bytes)
         with contextlib.suppress(PackedCommError):
             self._channel.send(peer, encode(Refused(kind, text), 0, self.settings))
 

@@ -205,7 +205,7 @@ class ReceiverSession(SessionEnd):
             ended: whether this receiver can't take part in the session any more.
         """
         with contextlib.suppress(PackedCommError):
-            self.reply(Failure(*described(error), ended))
+            self.reply(Failure(*described(error, self.settings.max_frame_bytes), ended))
 
     def _failed(self) -> PackedCommError | None:
         for _, message in list(self._inbox):
@@ -274,7 +274,7 @@ class ReceiverSession(SessionEnd):
                 self._sender_waits_for = message.waits_for
                 self._frames.popleft()
             else:
-                # One statement, so that it is neither lost nor taken twice.
+                # One statement; only an interrupt right after the `popleft` loses it.
                 self._inbox.extend([(number, message)] if self._frames.popleft() else [])
 
     def _give_more_time(self, seconds: float) -> None:

@@ -33,18 +33,22 @@ _OF_ONE_PROCESS: dict[type[PackedCommError], type[PackedCommError]] = {
 }
 
 
-def described(error: BaseException) -> tuple[str, str, str]:
+def described(error: BaseException, frame_bytes: int) -> tuple[str, str, str]:
     """Kind, text and traceback of an error, as `Failure` and `Cancel` take them.
 
     An error of another library keeps its class name in the text: only packedcomm's classes are made
     again on the other side.
+
+    Args:
+        error: any.
+        frame_bytes: what the message may have at most; text and traceback are cut to fit.
     """
     ours = isinstance(error, PackedCommError)
     kind = type(error).__name__ if ours else RemoteError.__name__
     text = text_of(error) if ours else summary(error)
     lines = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace")
-    end = lines[-MAX_TRACEBACK:].decode("utf-8", "ignore")
-    return valid_text(kind, MAX_KIND), valid_text(text), end
+    end = lines[-min(MAX_TRACEBACK, frame_bytes // 2) :].decode("utf-8", "ignore")
+    return valid_text(kind, MAX_KIND), valid_text(text, min(MAX_TEXT, frame_bytes // 4)), end
 
 
 def valid_text(text: str, most_bytes: int = MAX_TEXT) -> str:

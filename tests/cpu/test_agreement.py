@@ -158,7 +158,7 @@ def _raised(error):
 
 
 def _crossed(error, who="receiver rank 3"):
-    return remote_error(Failure(*described(_raised(error))), who)
+    return remote_error(Failure(*described(_raised(error), DEFAULTS.max_frame_bytes)), who)
 
 
 ALL_CLASSES = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from packedcomm.errors import (
 )
 from packedcomm.session.messages import Failure, Proceed
 from packedcomm.session.remote_errors import described, remote_error
+from packedcomm.settings import DEFAULTS
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.peers import (
     Receiving,
@@ -30,6 +33,7 @@ from tests.helpers.peers import (
     training,
     weights,
 )
+from tests.helpers.sessions import QUICK
 
 OLD = checksum(weights(1.0))
 TENSORS = 60
@@ -235,7 +239,9 @@ def test_receivers_in_the_background_go_on_when_another_process_must_restart():
     [(ContextLost, PeerLost), (SessionStateError, RemoteError), (CapacityError, CapacityError)],
 )
 def test_an_error_of_another_process_never_says_that_this_one_is_at_its_end(raised, found):
-    error = remote_error(Failure(*described(raised("a word on it"))), "receiver rank 3")
+    error = remote_error(
+        Failure(*described(raised("a word on it"), DEFAULTS.max_frame_bytes)), "receiver rank 3"
+    )
     assert type(error) is found
     assert "receiver rank 3: " in str(error)
     assert "a word on it" in str(error)
@@ -308,3 +314,31 @@ def test_the_other_side_is_told_of_an_end_whatever_its_reason_is():
         session.abort(NO_TEXT * 9999)
         with pytest.raises(SessionStateError, match="aborted: caf"):
             receive_twice(end)
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("raising", [0, 1])
+def test_an_error_that_is_larger_than_a_message_may_be_is_cut_and_reaches_all(raising):
+    def fail(version, items):
+        raise ZeroDivisionError("too long " * 10_000)
+
+    small = replace(QUICK, max_frame_bytes=4096)
+    with ExitStack() as stack:
+        session = stack.enter_context(
+            Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=QUICK)
+        )
+        ends = [
+            stack.enter_context(Session.connect(session.address, device="cpu", settings=settings))
+            for settings in (small, QUICK)
+        ]
+        targets = [TensorTarget({"w": torch.zeros(4)}) for _ in ends]
+        targets[raising] = fail
+        receivers = [WeightReceiver(t, end) for t, end in zip(targets, ends, strict=True)]
+        begin = time.monotonic()
+        done = Round(FullWeightSender({"w": torch.ones(4)}, session).sync, receivers)
+        assert time.monotonic() - begin < QUICK.agree_timeout_s / 2
+        assert isinstance(done.sent, RemoteError)
+        assert "ZeroDivisionError: too long" in str(done.sent)
+        other = done.received[1 - raising]
+        assert isinstance(other, RemoteError)
+        assert "ZeroDivisionError: too long" in str(other)
