@@ -147,6 +147,38 @@ def test_a_version_without_data_that_was_decided_is_not_given_to_other_weights()
         assert [w["w"].tolist() for w in live] == [[7.0] * 4] * 2
 
 
+@pytest.mark.fault(20, 22)
+@pytest.mark.parametrize("syncs", [2, 3])
+def test_what_another_trainer_has_decided_commits_nobodys_vote(syncs):
+    with sessions(1) as (session, (end,)), sessions(1) as (other, (others,)):
+        (live,), (receiver,) = receivers_of([end])
+        sent = {"w": torch.ones(4)}
+        sender = FullWeightSender(sent, session)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        sent["w"].fill_(2.0)
+
+        def lost():
+            # It dies between the vote and its decision.
+            end._channel.close()
+            raise ZeroDivisionError
+
+        session.known_failure = lost
+        outcome = Round(sender.sync, [receiver])
+        assert isinstance(outcome.sent, ZeroDivisionError)
+        assert receiver._following.decisions.in_doubt_of(1)
+        _, theirs = receivers_of([others])
+        successor = FullWeightSender({"w": torch.full((4,), 7.0)}, other)
+        for _ in range(syncs):
+            Round(successor.sync, theirs)
+        assert other.decided == syncs
+        with join(other) as again:
+            assert receiver.reconnect(again) is None
+            assert live["w"].tolist() == [1.0] * 4
+            assert receiver.status().version == 0
+            assert Round(successor.sync, [*theirs, receiver]).received[1].version == syncs
+            assert live["w"].tolist() == [7.0] * 4
+
+
 class Dying:
     """A receiver that stops to exist at a moment of a sync."""
 
