@@ -54,10 +54,8 @@ _PROFILED = 25
 _TIMED = 9
 _ELEMENTS = 64
 
-# The calls are the measure: one call per tensor is ten times as much, while a longer transfer is
-# waited for with some dozens more, however few tensors it has. The time is a coarse limit, which a
-# busy machine mustn't reach.
-_MOST_CALLS_PER_TENSOR = 0.1
+# The calls are the measure. The time is a coarse limit, which a busy machine mustn't reach.
+_MOST_CALLS_PER_TENSOR = 0.02
 _MOST_HOST_US_PER_TENSOR = 5.0
 
 

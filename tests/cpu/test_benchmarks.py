@@ -281,8 +281,9 @@ def test_what_grows_with_the_tensors_is_a_problem(large: Profile, problem: str) 
 
 @pytest.fixture(scope="module")
 def profiled() -> subprocess.CompletedProcess[str]:
-    # So many that a few more looks at the other side, some dozens of calls, are nothing per tensor.
-    return run_module("benchmarks.profile_sync", "--tensors", "60", "3000")
+    # So many that a few more looks at the other side, some dozens of calls each, are nothing per
+    # tensor.
+    return run_module("benchmarks.profile_sync", "--tensors", "60", "10000")
 
 
 @pytest.mark.parametrize("side", ["sender", "receiver"])
