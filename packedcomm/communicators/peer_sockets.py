@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +30,19 @@ Endpoints = tuple[str, int, str, int]
 DESCRIPTORS = "/proc/self/fd"
 
 MAX_ENDPOINTS_BYTES = 1 << 20
+
+# Held while descriptors are listed, and while one is duplicated for a moment: a duplicate that
+# another thread lists would be taken for a second connection. A signal handler may cut connections
+# in the middle of either.
+_duplicating = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _duplicating
+    _duplicating = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +92,8 @@ class PeerSockets:
         peers = {_parse(published("listening", other), other, _to_endpoint) for other in others}
         mine = [
             (descriptor, ends)
-            for descriptor, inode in _sockets()
-            if inode not in before
-            and (ends := _inspect(descriptor, _ends)) is not None
-            and (ends[:2] == listening or ends[2:] in peers)
+            for descriptor, ends in _inspected(before, _ends)
+            if ends[:2] == listening or ends[2:] in peers
         ]
         publish("connections", _to_json([ends for _, ends in mine]))
         owners: dict[Endpoints, int] = {}
@@ -107,6 +119,15 @@ def socket_inodes() -> set[int]:
     return {inode for _, inode in _sockets()}
 
 
+def _inspected(
+    before: set[int], function: Callable[[socket.socket], Value | None]
+) -> list[tuple[int, Value]]:
+    """What `function` finds out about each TCP socket since `before`, with its descriptor."""
+    with _duplicating:
+        found = [(fd, _inspect(fd, function)) for fd, inode in _sockets() if inode not in before]
+    return [(fd, value) for fd, value in found if value is not None]
+
+
 def _sockets() -> list[tuple[int, int]]:
     found = []
     for name in os.listdir(DESCRIPTORS):  # noqa: PTH208  (Path.iterdir would stat each)
@@ -121,8 +142,7 @@ def _sockets() -> list[tuple[int, int]]:
 
 def listening_since(before: set[int]) -> list[Endpoint]:
     """Where the process has come to listen for TCP connections since `before`."""
-    found = [_inspect(fd, _listening) for fd, inode in _sockets() if inode not in before]
-    return [endpoint for endpoint in found if endpoint is not None]
+    return [endpoint for _, endpoint in _inspected(before, _listening)]
 
 
 def _inspect(descriptor: int, function: Callable[[socket.socket], Value | None]) -> Value | None:
@@ -156,7 +176,7 @@ def _apply(peer: _PeerSocket, action: Callable[[socket.socket], bool]) -> bool:
     try:
         # Duplicated first and compared then: Gloo may close the descriptor at any moment and the
         # number may come to mean another socket.
-        with socket.socket(fileno=os.dup(peer.descriptor)) as duplicate:
+        with _duplicating, socket.socket(fileno=os.dup(peer.descriptor)) as duplicate:
             return _ends(duplicate) == peer.endpoints and action(duplicate)
     except OSError:
         return False

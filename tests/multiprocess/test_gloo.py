@@ -185,8 +185,8 @@ def _connect_at_once(rank, world_size, boxes, rounds):
 
 def test_groups_that_are_connected_at_once_do_not_share_connections():
     boxes = [AddressBox(2) for _ in range(3)]
-    for seen in run_ranks(_connect_at_once, 2, boxes, 5):
-        assert seen == [[1, 1, 1], None, None, [8.0] * 3] * 5
+    for seen in run_ranks(_connect_at_once, 2, boxes, 25):
+        assert seen == [[1, 1, 1], None, None, [8.0] * 3] * 25
 
 
 def _ranks_of_one_process(rank, world_size):
