@@ -126,10 +126,13 @@ class Pipeline:
 
     def __del__(self) -> None:
         # Later pipelines take the lanes. Those of a transfer that failed may wait for ever.
-        if not self.spoiled:
-            with suppress(Exception):
-                for lane in (self.wire, self.copy, self.digest):
-                    lane.retire()
+        if self.spoiled:
+            return
+        try:
+            for lane in (self.wire, self.copy, self.digest):
+                lane.retire()
+        except Exception:  # noqa: BLE001, S110 - an interpreter that ends has taken names away
+            pass
 
     def begin(self, num_buffers: int) -> None:
         """Adopt the caller's present stream or thread and have `num_buffers` slots."""
