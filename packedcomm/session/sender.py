@@ -108,8 +108,9 @@ class SenderSession(Dialogue):
     def wait(self, receivers: int | None = None) -> Self:
         """Wait until so many receivers are there, and the communicator connects all that are.
 
-        Returns at once when that is so. What fails here for the first time ends the session, and
-        every receiver that has come is told.
+        Returns at once when that is so. A session that not all come to, the first time, or with
+        something that doesn't fit, ends, and every receiver that has come is told. Whatever else
+        fails here is over when it is raised: the next call tries again.
 
         Args:
             receivers: how many; None is as many as `listen` was told at the first time, and any
@@ -127,11 +128,7 @@ class SenderSession(Dialogue):
         """
         self._check_open("wait")
         if not self._begun:
-            try:
-                self._begin(receivers or self._first)
-            except BaseException as error:
-                self._end(SyncState.FAILED, summary(error), in_order=False)
-                raise
+            self._begin(receivers or self._first)
         self.assemble()
         if receivers is not None and len(self.members.present) < receivers:
             self._await_members(receivers, deadline_after(self.settings.connect_timeout_s))
@@ -144,7 +141,12 @@ class SenderSession(Dialogue):
         deadline = deadline_after(self.settings.connect_timeout_s)
         while not self._begun:
             self.members.take_out_gone()
-            self._await_members(wanted, deadline)
+            try:
+                self._await_members(wanted, deadline)
+            except PackedCommError as error:
+                if self._given_up is None:
+                    self._end(SyncState.FAILED, summary(error), in_order=False)
+                raise
             try:
                 self._assemble()
                 self._begun = True

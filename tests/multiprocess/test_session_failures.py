@@ -11,6 +11,7 @@ import pytest
 
 from packedcomm.errors import (
     ArgumentError,
+    CapacityError,
     DeadlineExceeded,
     ManifestError,
     PeerLost,
@@ -296,3 +297,33 @@ def _exception_in_the_context(rank, world_size, box):
 def test_an_exception_in_the_senders_context_reaches_the_receivers():
     _, came = run_ranks(_exception_in_the_context, 2, SessionBox(2))
     assert came == Close("aborted: ZeroDivisionError: division by zero", in_order=False)
+
+
+def _no_memory_at_first(rank, world_size, box):
+    with open_session(box, rank, world_size) as session:
+        if rank:
+            connect = session._connect
+
+            def failing(*arguments):
+                session._connect = connect
+                raise CapacityError("no memory for buffers")
+
+            if session.rank == 1:
+                session._connect = failing
+            first = caught(lambda: session.receive(20))
+            came = serve(session, {Offer: Ready()})
+            return session.rank, first, [type(m) for m in came if not isinstance(m, Cancel)]
+        first = caught(session.wait)
+        assert session.communicator.world_size == 3
+        return first, session.ask(Offer(1, DIGEST), Ready)
+
+
+def test_a_first_communicator_that_cannot_be_connected_is_tried_again():
+    (first, ready), *receivers = run_ranks(_no_memory_at_first, 3, SessionBox(3))
+    assert first[:2] == (CapacityError, "receiver rank 1: no memory for buffers")
+    assert ready == [Ready()] * 2
+    for _, failed, came in receivers:
+        # By the sender's word, or over the connection that was being made.
+        assert failed[0] in (CapacityError, RemoteError)
+        assert "no memory for buffers" in failed[1]
+        assert came == [Offer, Close]

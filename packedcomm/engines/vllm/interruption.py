@@ -21,9 +21,7 @@ class Interruption:
 
     An engine's call can fail (a server's error, a lost connection) while its workers stay in the
     session, idle and well, so that the sync would wait for them up to its deadline. It then fails
-    as by their own report: every receiver hears of it, and the session goes on. Where it is the
-    session's first communicator that is being connected, the session ends, as it does with any
-    failure there.
+    as by their own report: every receiver hears of it, and the session goes on.
 
     Args:
         session: the sender's.
