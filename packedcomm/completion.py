@@ -10,7 +10,7 @@ import torch
 
 from packedcomm.errors import DeadlineExceeded, NcclError, PeerLost, SessionStateError
 
-__all__ = ["await_cause", "measured", "wait_for_device"]
+__all__ = ["await_cause", "measured", "wait_for_device", "wait_until"]
 
 # Most transfers end within this time; sleeping would cost more than it saves.
 _SPIN_S = 0.002
@@ -47,18 +47,38 @@ def wait_for_device(
         return
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
+
+    def look() -> None:
+        if (failed := failure()) is not None:
+            raise failed
+
+    if not wait_until(event.query, timeout_s, look):
+        raise DeadlineExceeded(f"{operation}: the GPU isn't done after {timeout_s:.3g} s")
+
+
+def wait_until(
+    done: Callable[[], bool], timeout_s: float, look: Callable[[], None] | None = None
+) -> bool:
+    """Ask again and again whether something is done, at first without sleeping; whether it was in
+    time.
+
+    Args:
+        done: whether it is.
+        timeout_s: deadline in seconds.
+        look: called every 50 ms meanwhile; what it raises ends the wait.
+    """
     begin = time.monotonic()
     next_look = begin + _LOOK_S
-    while not event.query():  # type: ignore[no-untyped-call]
+    while not done():
         now = time.monotonic()
-        if now >= next_look:
-            if (failed := failure()) is not None:
-                raise failed
+        if look is not None and now >= next_look:
+            look()
             next_look = now + _LOOK_S
         if now - begin > timeout_s:
-            raise DeadlineExceeded(f"{operation}: the GPU isn't done after {timeout_s:.3g} s")
+            return False
         if now - begin > _SPIN_S:
             time.sleep(_SLEEP_S)
+    return True
 
 
 def await_cause(error: BaseException, failure: Callable[[], Exception | None]) -> Exception | None:

@@ -102,6 +102,7 @@ class Leading:
         # its data, so that only the end of the communicator lets them go.
         self._under_way = False
         self._awaited = False
+        self._of_source: BaseException | None = None
         self.decided_version: int | None = None
         """The version of the last sync that was decided to be committed."""
         self.verified = False
@@ -114,6 +115,10 @@ class Leading:
         self._session.wait()
         if self._session.generation != before:
             seconds["connect"] = time.perf_counter() - begin
+
+    def failed_here(self, error: Exception) -> None:
+        """The source has failed while data moves: whatever the receivers say, they aren't why."""
+        self._of_source = error
 
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest."""
@@ -319,8 +324,9 @@ class Leading:
         except BaseException as error:
             if not self._under_way:
                 raise
-            moving = session.state is SyncState.MOVING
-            cause = await_cause(error, session.failure) if moving else None
+            elsewhere = session.state is SyncState.MOVING and error is not self._of_source
+            cause = await_cause(error, session.failure) if elsewhere else None
+            self._of_source = None
             # A receiver that agrees but has no communicator tells that this end's is of no use: its
             # `SessionStateError` is a `RemoteError` here.
             useless = self._awaited or isinstance(error, (SessionStateError, RemoteError))

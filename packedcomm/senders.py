@@ -115,9 +115,12 @@ class FullWeightSender:
             RemoteError: a receiver failed otherwise; carries its traceback. An error of one of
                 packedcomm's classes is raised as that class.
             PeerLost: a receiver has gone; the message names it. The next sync goes on without it.
-            DeadlineExceeded, NcclError: the transfer failed.
+            DeadlineExceeded, NcclError: the transfer failed. These and `PeerLost` also where
+                another process of a sharded trainer is lost or late; the message names it as one of
+                the source, and later syncs raise `SessionStateError`.
             ContextLost: this process must restart.
-            SessionStateError: the session is closed or was aborted.
+            SessionStateError: the session is closed or was aborted, or a sharded trainer has lost
+                one of its processes before.
 
         Warns:
             UnchangedWeightsWarning: digests show that not one tensor has changed.
@@ -126,6 +129,7 @@ class FullWeightSender:
         begin = time.perf_counter()
         seconds: dict[str, float] = {}
         self._in_step = False
+        self._set_timeout()
         with measured(seconds, "describe"):
             snapshot = self.source.snapshot()
         manifest = snapshot.manifest
@@ -206,24 +210,54 @@ class FullWeightSender:
         self, leading: Leading, snapshot: Snapshot, version: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
         with leading.failing():
-            with self._sharing_failure():
+            nbytes = snapshot.manifest.nbytes
+            with self._sharing_failure(then_nbytes=nbytes):
                 leading.assemble(seconds)
                 leading.agree(snapshot, version, seconds)
-            gathered = self._gathered(snapshot)
+            gathered = self._gathered(leading, snapshot)
             with self._sharing_failure(gathered):
                 leading.move(snapshot, gathered, version, seconds)
                 digests = leading.verify(seconds)
                 changes = leading.commit(version, seconds)
         return digests, changes
 
-    def _gathered(self, snapshot: Snapshot) -> Iterator[Sequence[Part]]:
+    def _gathered(self, leading: Leading, snapshot: Snapshot) -> Iterator[Sequence[Part]]:
         """The source's parts; nothing is asked of it before the first one is."""
         if snapshot.parts is None:
-            yield from self.source.gather(snapshot)
+            try:
+                yield from self.source.gather(snapshot)
+            except Exception as error:
+                leading.failed_here(error)
+                raise
+
+    def _set_timeout(self, nbytes: int | None = None) -> None:
+        """On the leader: say how long the trainer's processes may wait for each other.
+
+        Args:
+            nbytes: of the data that is moved and committed next; None before there is any.
+        """
+        if self._session is None:
+            return
+        settings = self._session.settings
+        if nbytes is None:
+            self.source.set_timeout(settings.agree_timeout_s, settings.assembly_seconds())
+        else:
+            until_committed = settings.move_seconds(nbytes) + settings.commit_seconds(nbytes)
+            self.source.set_timeout(settings.gather_seconds(nbytes), until_committed)
 
     @contextlib.contextmanager
-    def _sharing_failure(self, gathered: Iterator[Any] = iter(())) -> Iterator[None]:  # noqa: B008
-        """Tell the trainer's other processes how the body ended, which waits for their gathers."""
+    def _sharing_failure(
+        self,
+        gathered: Iterator[Any] = iter(()),  # noqa: B008
+        *,
+        then_nbytes: int | None = None,
+    ) -> Iterator[None]:
+        """Tell the trainer's other processes how the body ended, which waits for their gathers.
+
+        Args:
+            gathered: what they are in the middle of.
+            then_nbytes: of the data that follows where the body succeeds; None for none.
+        """
         try:
             yield
         except BaseException as error:
@@ -231,26 +265,25 @@ class FullWeightSender:
             with contextlib.suppress(Exception):
                 for _ in gathered:
                     pass
+            self._set_timeout()
             with contextlib.suppress(Exception):
                 self.source.share(summary(error))
             raise
+        self._set_timeout(then_nbytes)
         self.source.share(None)
 
     def _follow(self, snapshot: Snapshot) -> None:
         self._raise_shared()
-        failed: Exception | None = None
         try:
             if snapshot.parts is None:
                 for _ in self.source.gather(snapshot):
                     pass
-        except Exception as error:  # noqa: BLE001 - raised below
-            # The leader knows; its next word is shared in any case.
-            failed = error
-        failure = self.source.share(None)
-        if failed is not None:
-            raise failed
-        if failure is not None:
-            raise RemoteError(f"the leading process of the trainer failed: {failure}")
+        except Exception:
+            # The leader knows; its next word is shared in any case, unless a process is lost.
+            with contextlib.suppress(Exception):
+                self.source.share(None)
+            raise
+        self._raise_shared()
 
     def _raise_shared(self) -> None:
         failure = self.source.share(None)

@@ -140,6 +140,16 @@ class Settings:
                 f"{self.heartbeat_timeout_s!r} and {self.heartbeat_interval_s!r}"
             )
 
+    def assembly_seconds(self) -> float:
+        """Seconds that a sender may take before the data of a sync, while receivers come, connect
+        and agree, or for a version without data."""
+        return 2 * self.connect_timeout_s + 2 * self.agree_timeout_s + self.commit_timeout_s
+
+    def gather_seconds(self, nbytes: int) -> float:
+        """Deadline in seconds for a sharded source of so many bytes to gather them: nine tenths of
+        `move_seconds`, so that what is late there isn't taken for a receiver that is late."""
+        return 0.9 * self.move_seconds(nbytes)
+
     def move_seconds(self, nbytes: int) -> float:
         """Deadline in seconds for the data of a sync of so many bytes, or for its verification."""
         return self.move_timeout_s + nbytes / self.least_bytes_per_second

@@ -42,6 +42,19 @@ class Source(Protocol):
     leader: bool
     """Whether this process is the one that sends."""
 
+    def set_timeout(self, timeout_s: float, others_s: float) -> None:
+        """Before a call on the leader: how long the processes may wait for each other, where there
+        are several. What other processes are given here has no effect: they do what the leader has
+        told them last.
+
+        Args:
+            timeout_s: deadline in seconds for each later `snapshot`, `gather` and `share` of the
+                leader, from its beginning to its end.
+            others_s: the same for the other processes from the leader's next word on, which ends
+                each of these calls. They wait for the leader while it does something else, so this
+                is longer.
+        """
+
     def snapshot(self) -> Snapshot:
         """The present snapshot; without Python per tensor when nothing has changed.
 
@@ -50,6 +63,9 @@ class Source(Protocol):
             TensorError: a tensor can't be sent as bytes.
             LayoutError: shards don't make up their tensor.
             RemoteError: a process of the source failed with an error that isn't packedcomm's.
+            DeadlineExceeded: a process of the source hasn't come in time; as `PeerLost` it ends the
+                group of processes, and what is called afterwards raises `SessionStateError`.
+            PeerLost: the connection to a process of the source has broken.
 
         With several processes a failure of one is raised on all of them, with its rank in the text.
         """
@@ -68,6 +84,7 @@ class Source(Protocol):
         raises nothing.
 
         Raises:
+            DeadlineExceeded, PeerLost: as `snapshot`.
             PackedCommError: at the end, on every process, if any of them has failed: the class of
                 the first failure, `RemoteError` for an error that isn't packedcomm's; ranks and
                 causes are in the text. A process that has failed may raise before it has given all
@@ -79,4 +96,7 @@ class Source(Protocol):
 
         A collective over the processes of a sharded trainer; the identity where there is only one.
         None means success.
+
+        Raises:
+            DeadlineExceeded, PeerLost: as `snapshot`.
         """

@@ -10,11 +10,13 @@ import torch.distributed as dist
 
 from packedcomm import errors
 from packedcomm.errors import ManifestError, PackedCommError, RemoteError, listed
+from packedcomm.sources.bounded_group import BoundedGroup, Transfers
 
 __all__ = ["Exchange"]
 
 _DIGEST_BYTES = 32
 _LENGTH_BYTES = 8
+_SECONDS_BYTES = 8
 _NOTHING = -1
 _MOST_TEXT_BYTES = 1 << 20
 
@@ -25,17 +27,23 @@ _MOST_FAILURE_BYTES = 16_384
 class Exchange:
     """A process group of torch.distributed and the operations on it that sources need.
 
-    Only tensors travel: no pickled objects. The group's rank 0 leads.
+    Only tensors travel: no pickled objects. The group's rank 0 leads, and whatever it says to all
+    (`agree`, `share`) also says how long the others may wait for its next word.
+
+    Whatever waits for other processes raises `DeadlineExceeded`, `PeerLost` or `NcclError` as
+    `BoundedGroup` does, on whichever process notices; later calls raise `SessionStateError`.
 
     Args:
         group: the processes of the source; None for the default group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = dist.group.WORLD if group is None else group
-        self.rank = dist.get_rank(self.group)
-        self.size = dist.get_world_size(self.group)
+        self._bounded = BoundedGroup(group)
+        self.group = self._bounded.group
+        self.rank = self._bounded.rank
+        self.size = self._bounded.size
         self.leader = self.rank == 0
+        self._others_s = self._bounded.timeout_s
         pairs = (
             pair.split(":", 1)
             for pair in dist.get_backend_config(self.group).split(",")
@@ -48,6 +56,29 @@ class Exchange:
         self._prepared: set[str] = set()
         # Small messages are read by the host, so a CPU backend is the better one for them.
         self._device = self.carrier(torch.device("cpu"))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the processes can't tell each other anything any more."""
+        return self._bounded.ended is not None
+
+    def set_timeout(self, timeout_s: float, others_s: float) -> None:
+        """See `Source`."""
+        if self.leader:
+            self._bounded.timeout_s, self._others_s = timeout_s, others_s
+
+    def begin(self, task: str) -> None:
+        """What follows belongs to this call of the source, whose time runs from here.
+
+        Raises:
+            SessionStateError: the group has ended.
+        """
+        self._bounded.begin(task)
+
+    def _heard(self, others_ms: int) -> None:
+        """The leader has said how long its next word may take."""
+        if not self.leader:
+            self._bounded.timeout_s = others_ms / 1000
 
     def carrier(self, device: torch.device) -> torch.device:
         """The device on which the group can send what lies on `device`: itself if possible."""
@@ -81,21 +112,25 @@ class Exchange:
         if failure is not None:
             # A process that has never described its tensors has no digest.
             digest = bytes(_DIGEST_BYTES)
-        status = list(len(text).to_bytes(_LENGTH_BYTES, "big") + digest)
-        everyone = self._all_gather(torch.tensor(status, dtype=torch.uint8, device=self._device))
+        others = _milliseconds(self._others_s).to_bytes(_SECONDS_BYTES, "big")
+        status = list(len(text).to_bytes(_LENGTH_BYTES, "big") + digest + others)
+        everyone = self._bounded.all_gather(
+            torch.tensor(status, dtype=torch.uint8, device=self._device)
+        )
         answers = [bytes(tensor.tolist()) for tensor in everyone]
+        self._heard(int.from_bytes(answers[0][-_SECONDS_BYTES:], "big"))
         lengths = [int.from_bytes(answer[:_LENGTH_BYTES], "big") for answer in answers]
         if any(lengths):
             own = torch.tensor(
                 list(text.ljust(max(lengths), b" ")), dtype=torch.uint8, device=self._device
             )
-            texts = [bytes(tensor.tolist()) for tensor in self._all_gather(own)]
+            texts = [bytes(tensor.tolist()) for tensor in self._bounded.all_gather(own)]
             raise _combined(
                 {r: texts[r][:length] for r, length in enumerate(lengths) if length}
             ) from failure
         seen: dict[bytes, list[int]] = {}
         for rank, answer in enumerate(answers):
-            seen.setdefault(answer[_LENGTH_BYTES:], []).append(rank)
+            seen.setdefault(answer[_LENGTH_BYTES:-_SECONDS_BYTES], []).append(rank)
         if len(seen) > 1:
             problems = [
                 f"ranks {', '.join(map(str, ranks))} have digest {value.hex()[:12]}"
@@ -106,26 +141,24 @@ class Exchange:
                 f"{listed(problems)}"
             )
 
-    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
-        everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own, group=self.group)
-        return everyone
-
     def share(self, failure: str | None) -> str | None:
         """The leader's text on every process; a collective. Text past 1 MiB is cut off."""
         text = b"" if failure is None else failure.encode(errors="replace")[:_MOST_TEXT_BYTES]
-        length = torch.tensor(
-            [_NOTHING if failure is None else len(text)], dtype=torch.int64, device=self._device
+        word = torch.tensor(
+            [_NOTHING if failure is None else len(text), _milliseconds(self._others_s)],
+            dtype=torch.int64,
+            device=self._device,
         )
-        dist.broadcast(length, group=self.group, group_src=0)
-        count = int(length.item())
+        self._bounded.broadcast(word)
+        count, others_ms = word.tolist()
+        self._heard(others_ms)
         if count == _NOTHING:
             return None
         content = torch.empty(count, dtype=torch.uint8, device=self._device)
         if self.leader and count:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         if count:
-            dist.broadcast(content, group=self.group, group_src=0)
+            self._bounded.broadcast(content)
         return bytes(content.tolist()).decode(errors="replace")
 
     def prepare(self, device: torch.device) -> None:
@@ -135,7 +168,7 @@ class Exchange:
         while transfers are between some of them.
         """
         if device.type not in self._prepared:
-            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+            self._bounded.all_reduce(torch.zeros(1, device=device))
             self._prepared.add(device.type)
 
     def send(self, tensor: torch.Tensor, tag: int) -> dist.P2POp:
@@ -151,9 +184,29 @@ class Exchange:
         content = tensor.view(-1).view(torch.uint8)
         return dist.P2POp(kind, content, group=self.group, tag=tag, group_peer=peer)
 
-    def start(self, operations: Sequence[dist.P2POp]) -> list[Any]:
-        """Start them all at once; the works to wait for."""
-        return dist.batch_isend_irecv(list(operations)) if operations else []
+    def start(self, operations: Sequence[dist.P2POp]) -> Transfers:
+        """Start them all at once."""
+        return self._bounded.start(operations)
+
+    def wait(self, transfers: Transfers) -> Transfers:
+        """Return when they are done; on a GPU at once, and the current stream waits for them.
+
+        Returns:
+            Those that may still be under way.
+        """
+        return self._bounded.wait(transfers)
+
+    def settle(self, transfers: Transfers) -> None:
+        """After `wait`: return when what it returned is done."""
+        self._bounded.settle(transfers)
+
+    def whole(self, tensor: Any) -> torch.Tensor:
+        """All of a DTensor, by torch's own means; a collective over its mesh."""
+        return self._bounded.call(lambda: tensor.full_tensor().contiguous(), tensor.device)
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
 
 
 def _described(failure: Exception) -> bytes:

@@ -68,6 +68,11 @@ class GatheringSource(abc.ABC):
     def _structure_holds(self) -> bool:
         """Whether `_read` would give the same objects again; no Python per tensor."""
 
+    def set_timeout(self, timeout_s: float, others_s: float) -> None:
+        """See `Source`."""
+        if self._exchange is not None:
+            self._exchange.set_timeout(timeout_s, others_s)
+
     def snapshot(self) -> Snapshot:
         """See `Source`. A collective over the source's processes, if there are several.
 
@@ -78,6 +83,8 @@ class GatheringSource(abc.ABC):
                 of them.
         """
         failure = None
+        if self._exchange is not None:
+            self._exchange.begin("snapshot")
         try:
             self._refresh()
         except Exception as error:
@@ -189,6 +196,7 @@ class GatheringSource(abc.ABC):
             yield from latest.parts
             return
         assert self._exchange is not None
+        self._exchange.begin("gather")
         rounds = Rounds(self._exchange, self._entries, self._gathered, _ROUND_BYTES)
         if stale:
             rounds.failure = _stale()
@@ -199,17 +207,20 @@ class GatheringSource(abc.ABC):
                 while arrived:
                     yield arrived.pop()
         except GeneratorExit:
-            for _ in arriving:
-                pass
             # The taker has ended by itself; the others learn what failed.
             with contextlib.suppress(PackedCommError):
+                for _ in arriving:
+                    pass
                 self._exchange.agree(rounds.failure)
             raise
         self._exchange.agree(rounds.failure)
 
     def share(self, failure: str | None) -> str | None:
         """See `Source`."""
-        return failure if self._exchange is None else self._exchange.share(failure)
+        if self._exchange is None:
+            return failure
+        self._exchange.begin("share")
+        return self._exchange.share(failure)
 
 
 def _stale() -> SessionStateError:

@@ -12,6 +12,7 @@ import torch
 
 from packedcomm.copying import Part
 from packedcomm.errors import LayoutError
+from packedcomm.sources.bounded_group import Transfers
 from packedcomm.sources.entries import Entry, NamedTensor, local_of
 from packedcomm.sources.exchange import Exchange
 from packedcomm.sources.placements import ShardBox
@@ -79,7 +80,7 @@ class Gathered:
 class _Round:
     """A round on its way."""
 
-    works: list[Any]
+    works: Transfers
     shards: dict[int, list[torch.Tensor]]
     """On the leader the shards by position."""
 
@@ -92,7 +93,7 @@ class Rounds:
 
     What fails on this process alone, such as memory for a cast, is kept in `failure`; the process
     goes on with zeros for its shards, since the others wait for it. The failure of a transfer
-    itself is raised.
+    itself is raised: `DeadlineExceeded` or `PeerLost`, if another process is late or lost.
 
     Args:
         exchange: the source's processes.
@@ -124,12 +125,15 @@ class Rounds:
             self._exchange.prepare(self._exchange.carrier(device))
         rounds = self._division()
         coming = self._start(rounds[0]) if rounds else None
+        before = Transfers()
         for number, positions in enumerate(rounds):
             assert coming is not None
             current = coming
             coming = self._start(rounds[number + 1]) if number + 1 < len(rounds) else None
-            for work in current.works:
-                work.wait()
+            # The host is never far ahead of what arrives on a GPU, and finds out what doesn't; the
+            # GPU has work for two rounds meanwhile.
+            self._exchange.settle(before)
+            before = self._exchange.wait(current.works)
             # Until here, so that what is on its way stays in memory.
             current.operations.clear()
             arrived = [self._arrived(at, current.shards.pop(at, [])) for at in positions]
@@ -148,7 +152,7 @@ class Rounds:
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
     def _start(self, positions: range) -> _Round:
-        started = _Round([], {}, [])
+        started = _Round(Transfers(), {}, [])
         for position in positions:
             gathered = self._gathered.get(position)
             if gathered is None or not gathered.shards.boxes:
@@ -211,8 +215,7 @@ class Rounds:
         gathered = self._gathered.get(position)
         try:
             if gathered is not None and gathered.shards.boxes is None:
-                tensor: Any = gathered.item.tensor.detach()
-                shards = [tensor.full_tensor().contiguous()]
+                shards = [self._exchange.whole(gathered.item.tensor.detach())]
             if not self._exchange.leader or self.failure is not None:
                 return ()
             if gathered is None:
@@ -222,7 +225,9 @@ class Rounds:
             shards = [shard.to(device) for shard in shards]
             # Without shards the tensor has no elements.
             return gathered.parts(shards) if shards else ()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if self._exchange.ended:
+                raise
             self._note(error)
             return ()
 

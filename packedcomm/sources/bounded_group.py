@@ -1,0 +1,277 @@
+"""A process group of torch.distributed whose waits have a deadline, and whose errors are typed."""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+)
+
+from packedcomm.completion import wait_until
+from packedcomm.errors import (
+    DeadlineExceeded,
+    NcclError,
+    PackedCommError,
+    PeerLost,
+    SessionStateError,
+    summary,
+)
+from packedcomm.settings import DEFAULTS
+
+__all__ = ["BoundedGroup", "Transfers"]
+
+# A wait that is begun late still has this long, for what has come already. Gloo takes 0 for ever.
+_LEAST_S = 0.1
+
+# How much later than Gloo itself its caller gives up.
+_GRACE = timedelta(seconds=1)
+
+# How Gloo and NCCL say that they have given up, and that a process has gone.
+_LATE = re.compile("timed out|timeout", re.IGNORECASE)
+_LOST = re.compile(
+    "closed|reset|broken pipe|connection|unreachable|network|remote process", re.IGNORECASE
+)
+# Where in Gloo's source an error was raised.
+_PLACE = re.compile(r"^\[[^\]]*\] ")
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """Sends and receives that were started together."""
+
+    works: Sequence[Any] = ()
+    """One for each, or one for all where the backend puts them together."""
+
+    ranks: Sequence[int] = ()
+    """With whom each one is."""
+
+    on_host: bool = True
+    """Whether the host waits for them, else the current stream."""
+
+
+class BoundedGroup:
+    """The operations on a group that a source's processes need, each done before the deadline of
+    what it belongs to.
+
+    The first failure ends it, since the processes can't know any more what the others have got;
+    Gloo then closes all connections of the group too. Only the owner's thread may use it.
+
+    Args:
+        group: None for the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        found = dist.group.WORLD if group is None else group
+        assert found is not None
+        self.group: dist.ProcessGroup = found
+        self.rank = dist.get_rank(found)
+        self.size = dist.get_world_size(found)
+        self.timeout_s = DEFAULTS.agree_timeout_s
+        """How long what is begun next may take, in seconds."""
+        self.ended: str | None = None
+        """Why it can't be used any more."""
+        self._task = "the source"
+        self._deadline = float("inf")
+        self._connected: set[str] = {"cpu"}
+
+    def begin(self, task: str) -> None:
+        """All operations that follow belong to this, and it may take `timeout_s` from now.
+
+        Raises:
+            SessionStateError: the group has ended.
+        """
+        self._check_open(task)
+        self._task = task
+        self._deadline = time.monotonic() + self.timeout_s
+
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """Everybody's tensor, in the order of the ranks.
+
+        Raises:
+            DeadlineExceeded: somebody hasn't come in time.
+            PeerLost: the connection to somebody has broken.
+            NcclError: NCCL reported another error.
+            SessionStateError: the group has ended.
+        """
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        options = AllgatherOptions()
+        self._collective(own, options, lambda: self.group.allgather([everyone], [own], options))
+        return everyone
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's tensor to everybody, in place. Raises as `all_gather`."""
+        options = BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        self._collective(tensor, options, lambda: self.group.broadcast([tensor], options))
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """The sum of everybody's tensors, in place. Raises as `all_gather`."""
+        options = AllreduceOptions()
+        self._collective(tensor, options, lambda: self.group.allreduce([tensor], options))
+
+    def _collective(self, tensor: torch.Tensor, options: Any, start: Callable[[], Any]) -> None:
+        on_host = tensor.device.type == "cpu"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        with self._failing(others):
+            if on_host:
+                # Gloo itself gives up then, as it must before the process can end. NCCL's watchdog
+                # would end the process, so it keeps its own limit.
+                options.timeout = self._remaining()
+            if tensor.device.type in self._connected:
+                work = start()
+            else:
+                # NCCL connects at the first operation, and waits for everybody meanwhile.
+                work = self._called(start, tensor.device, others)
+                self._connected.add(tensor.device.type)
+            if on_host:
+                work.wait(self._remaining() + _GRACE)
+            else:
+                work.wait()
+                self._await_gpu(work, others)
+
+    def start(self, operations: Sequence[dist.P2POp]) -> Transfers:
+        """Start sends and receives at once. Raises as `all_gather`."""
+        if not operations:
+            return Transfers()
+        ranks = [operation.group_peer for operation in operations]
+        with self._failing(ranks):
+            works = dist.batch_isend_irecv(list(operations))
+        return Transfers(works, ranks, operations[0].tensor.device.type == "cpu")
+
+    def wait(self, transfers: Transfers) -> Transfers:
+        """Return when they are done; on a GPU at once, and the current stream waits for them.
+        Raises as `all_gather`.
+
+        Returns:
+            Those that may still be under way, for `settle`.
+        """
+        if not transfers.on_host:
+            with self._failing(transfers.ranks):
+                for work in transfers.works:
+                    work.wait()
+            return transfers
+        self._check_open(self._task)
+        for rank, work in zip(transfers.ranks, transfers.works, strict=True):
+            try:
+                work.wait(self._remaining())
+            except RuntimeError as error:
+                raise self._failed(error, [rank]) from error
+        return Transfers()
+
+    def settle(self, transfers: Transfers) -> None:
+        """Return when what `wait` returned is done. Raises as `all_gather`."""
+        for work in transfers.works:
+            self._await_gpu(work, transfers.ranks)
+
+    def call(self, function: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Run what waits for the other processes without a deadline, on a thread of its own.
+
+        Raises:
+            Exception: what the function raises; where a connection has broken, as `all_gather`.
+        """
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._check_open(self._task)
+        try:
+            tensor: torch.Tensor = self._called(function, device, others)
+        except RuntimeError as error:
+            if self._typed(error, others) is None:
+                raise
+            raise self._failed(error, others) from error
+        return tensor
+
+    def _called(
+        self, function: Callable[[], Any], device: torch.device, ranks: Collection[int]
+    ) -> Any:
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        outcomes: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                with torch.no_grad(), torch.cuda.stream(stream):
+                    outcomes.put((function(), None))
+            except Exception as error:  # noqa: BLE001  (raised by the caller)
+                outcomes.put((None, error))
+
+        threading.Thread(target=run, name="packedcomm-source", daemon=True).start()
+        try:
+            found, error = outcomes.get(timeout=self._remaining().total_seconds())
+        except queue.Empty:
+            raise self._end(self._late(ranks)) from None
+        if error is not None:
+            raise error
+        return found
+
+    def _await_gpu(self, work: Any, ranks: Collection[int]) -> None:
+        if not wait_until(work.is_completed, self._remaining().total_seconds()):
+            raise self._end(self._late(ranks))
+
+    def _remaining(self) -> timedelta:
+        return timedelta(seconds=max(_LEAST_S, self._deadline - time.monotonic()))
+
+    @contextmanager
+    def _failing(self, ranks: Collection[int]) -> Iterator[None]:
+        """What fails here ends the group.
+
+        Args:
+            ranks: who is waited for.
+        """
+        self._check_open(self._task)
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._failed(error, ranks) from error
+
+    def _failed(self, error: RuntimeError, ranks: Collection[int]) -> Exception:
+        """The error to raise for one of torch's."""
+        return self._end(self._typed(error, ranks) or error)
+
+    def _end(self, error: Exception) -> Exception:
+        self.ended = self.ended or summary(error)
+        return error
+
+    def _typed(self, error: RuntimeError, ranks: Collection[int]) -> PackedCommError | None:
+        """As one of packedcomm's, if it says that others have gone or are late."""
+        text = _PLACE.sub("", str(error)).partition(". ")[0]
+        if _LATE.search(text):
+            return self._late(ranks)
+        if _LOST.search(str(error)):
+            return PeerLost(
+                f"{self._task}: lost the connection to {_named(ranks)} of the source ({text}), "
+                f"which has died or has given up; {_UNUSABLE}"
+            )
+        if isinstance(error, dist.DistBackendError):
+            return NcclError(f"{self._task}, with {_named(ranks)} of the source: {text}")
+        return None
+
+    def _late(self, ranks: Collection[int]) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self._task}: not done within {self.timeout_s:.3g} s, waiting for {_named(ranks)} "
+            f"of the source; {_UNUSABLE}"
+        )
+
+    def _check_open(self, task: str) -> None:
+        if self.ended is not None:
+            raise SessionStateError(f"{task}: {_UNUSABLE}, since {self.ended}")
+
+
+_UNUSABLE = "its group of torch.distributed can't be used any more"
+
+
+def _named(ranks: Collection[int]) -> str:
+    found = sorted(set(ranks))
+    if len(found) == 1:
+        return f"rank {found[0]}"
+    return f"one of ranks {', '.join(map(str, found))}"
