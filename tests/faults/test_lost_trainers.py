@@ -121,8 +121,8 @@ def test_a_trainer_process_lost_in_a_gather_is_named_to_leader_and_receiver(how,
     assert text.startswith("gather: ")
     assert "rank 1 of the source" in text
     assert "its group of torch.distributed can't be used any more" in text
-    # Before the receiver's deadline.
-    assert seconds < (MOVE_S if how == "stopped" else 2.0)
+    # At the deadlines of the data the receiver would be named, on either side.
+    assert seconds < (MOVE_S + 2.0 if how == "stopped" else 2.0)
     assert again is SessionStateError
     assert "can't be used any more" in later
     assert "rank 1 of the source" in later
@@ -145,7 +145,7 @@ def test_a_trainer_process_lost_before_the_agreement_is_named_to_the_leader(how,
     assert kind is EXPECTED[how]
     assert text.startswith("snapshot: ")
     assert "rank 1 of the source" in text
-    assert seconds < AGREE_S + 2.0
+    assert seconds < AGREE_S + 3.0
     assert again is SessionStateError
     assert ended < 5.0
     # The receiver has never heard of the sync: the session is closed in order.
@@ -165,7 +165,7 @@ def test_a_leader_lost_in_a_gather_is_named_to_the_other_trainer_process(how, tm
     assert text.startswith("gather: ")
     assert "rank 0 of the source" in text
     # It has no settings of its own: the leader has told it how long to wait.
-    assert seconds < (MOVE_S + COMMIT_S + 2.0 if how == "stopped" else 2.0)
+    assert seconds < (MOVE_S + COMMIT_S + 4.0 if how == "stopped" else 2.0)
     assert again is SessionStateError
     assert ended < 5.0
 
