@@ -132,7 +132,7 @@ class SessionEnd(Ending):
 
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:
-        """Let the silence of peers count from so much later."""
+        """Let the silence of peers count from so much later, from now at the latest."""
 
     def _interrupt(self, phase: Phase, error: PackedCommError) -> bool:
         """Mark a phase as over, if it is still the present one, and tell everybody why, off the
@@ -200,11 +200,12 @@ class SessionEnd(Ending):
             self._take_and_beat(timeout_s, soon=soon)
 
     def _take_and_beat(self, timeout_s: float, *, soon: bool = False) -> None:
+        self._take(timeout_s, soon=soon)
         now = time.monotonic()
+        # Also where it was in the middle of that wait that this process slept.
         if (gap := now - self._last_look) > _ASLEEP_S:
             self._give_more_time(gap)
-        self._take(timeout_s, soon=soon)
-        self._last_look = now = time.monotonic()
+        self._last_look = now
         if now >= self._next_beat:
             self._next_beat = now + self.settings.heartbeat_interval_s
             self._check_silence()

@@ -368,8 +368,9 @@ class Dialogue(SessionEnd):
             member.check_silence(self.settings.heartbeat_timeout_s, self._during())
 
     def _give_more_time(self, seconds: float) -> None:
+        now = time.monotonic()
         for member in self.members:
-            member.heard += seconds
+            member.heard = min(member.heard + seconds, now)
 
     def _say_to_all(self, message: Message) -> None:
         with contextlib.suppress(PackedCommError):

@@ -245,10 +245,11 @@ class ReceiverSession(SessionEnd):
 
     def _silent(self) -> DeadlineExceeded | None:
         """Said once in so long a silence, so that who asks again has to wait again."""
-        now = time.monotonic()
-        if now - max(self._heard, self._complained) <= self.settings.heartbeat_timeout_s:
+        # As of the last look: who was asleep since then hasn't listened.
+        looked = self._last_look
+        if looked - max(self._heard, self._complained) <= self.settings.heartbeat_timeout_s:
             return None
-        silence = now - self._heard
+        silence = looked - self._heard
         return DeadlineExceeded(
             f"{self._whom()} has been silent for {silence:.1f} s{self._during()}: its process is "
             "stopped or hangs"
@@ -278,7 +279,7 @@ class ReceiverSession(SessionEnd):
                 self._inbox.extend([(number, message)] if self._frames.popleft() else [])
 
     def _give_more_time(self, seconds: float) -> None:
-        self._heard += seconds
+        self._heard = min(self._heard + seconds, time.monotonic())
 
     def _say_to_all(self, message: Message) -> None:
         with contextlib.suppress(PackedCommError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -137,3 +140,87 @@ def test_a_stopped_sender_is_late_not_dead_and_goes_on_when_it_wakes():
     finally:
         for process in processes:
             process.end()
+
+
+@contextlib.contextmanager
+def _sender_and_two_receivers(prepare=None):
+    """Processes that have all received version 0; stopped ones are ended too."""
+    sender = Peer(send_on, 2, prepare, QUICK)
+    processes = [sender]
+    try:
+        address, _ = sender.outcome().detail
+        receivers = [Peer(receive_on, address, Receiving(settings=QUICK)) for _ in range(2)]
+        processes += receivers
+        assert [peer.outcome().kind for peer in receivers] == ["joined", "joined"]
+        sender.tell("sync", 0, 0.0)
+        old = sender.outcome().checksum
+        assert [peer.outcome().checksum for peer in receivers] == [old, old]
+        yield sender, receivers
+    finally:
+        for process in processes:
+            process.end()
+
+
+# As long as nobody runs: longer than the silence after which a peer counts as stopped.
+ASLEEP_S = SILENCE_S + 0.7
+
+# From there on until the others run too.
+LATER_S = 0.7
+
+
+def _sleep(first, others):
+    """Let no process run for a while, as on a machine that is suspended; then the first ones wake
+    up, and have heard nothing of the others yet."""
+    for peer in (*first, *others):
+        peer.stop()
+    time.sleep(ASLEEP_S)
+    for peer in first:
+        peer.wake()
+    time.sleep(LATER_S)
+    for peer in others:
+        peer.wake()
+
+
+@pytest.mark.fault(3)
+def test_receivers_that_were_asleep_give_the_sender_that_time_before_they_call_it_silent():
+    with _sender_and_two_receivers() as (sender, receivers):
+        _sleep(receivers, [sender])
+        sender.tell("sync", 1, 5.0)
+        new = sender.outcome()
+        assert (new.kind, new.version) == ("sent", 1)
+        outcomes = [peer.outcome() for peer in receivers]
+        assert [(o.kind, o.text, o.checksum) for o in outcomes] == [
+            ("received", "", new.checksum)
+        ] * 2
+
+
+@pytest.mark.fault(3)
+def test_a_sender_that_was_asleep_while_it_waited_gives_receivers_that_time_too():
+    with _sender_and_two_receivers() as (sender, receivers):
+        for peer in receivers:
+            peer.stop()
+        sender.tell("sync", 1, 5.0)
+        time.sleep(0.3)  # it has asked them, and waits
+        _sleep([sender], receivers)
+        new = sender.outcome()
+        assert (new.kind, new.version, new.text) == ("sent", 1, "")
+        assert [peer.outcome().checksum for peer in receivers] == [new.checksum] * 2
+
+
+def _stops_in_the_data(sender):
+    sender.source.when(12, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("first", ["sender", "receivers"])
+def test_all_that_were_asleep_in_the_data_go_on_with_the_same_sync(first):
+    with _sender_and_two_receivers(_stops_in_the_data) as (sender, receivers):
+        sender.tell("sync", 1, 5.0)
+        sender.await_stop()
+        if first == "sender":
+            _sleep([sender], receivers)
+        else:
+            _sleep(receivers, [sender])
+        new = sender.outcome()
+        assert (new.kind, new.version, new.text) == ("sent", 1, "")
+        assert [peer.outcome().checksum for peer in receivers] == [new.checksum] * 2

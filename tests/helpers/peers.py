@@ -95,6 +95,8 @@ class Outcome:
     notes: tuple[str, ...] = ()
     lasts: bool = True
     """Whether the session goes on."""
+    chunk: int = 0
+    """How many chunks of the last transfer it had."""
     detail: Any = None
 
 
@@ -158,8 +160,11 @@ class Peer:
     def stop(self) -> None:
         """Let it not run any more, as Ctrl-Z does; returns when it doesn't."""
         os.kill(self.pid, signal.SIGSTOP)
-        while _state_of(self.pid) not in "Tt":
-            time.sleep(0.001)
+        self.await_stop()
+
+    def await_stop(self) -> None:
+        """Return when it doesn't run any more: somebody has stopped it."""
+        eventually(lambda: _state_of(self.pid) in "Tt")
 
     def wake(self) -> None:
         """Let it run again."""
@@ -258,6 +263,7 @@ def _now(receiver: WeightReceiver, live: Tensors) -> dict[str, Any]:
         "state": status.state,
         "checksum": checksum(live),
         "lasts": receiver.session.lasts,
+        "chunk": receiver.session.chunk,
         "detail": receiver.session.rank,
     }
 
