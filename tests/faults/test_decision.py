@@ -196,3 +196,29 @@ def test_a_receiver_whose_vote_never_came_keeps_the_old_weights_when_it_comes_ag
         assert again.checksum == first
         newest = group.sync(4.0)
         assert [peer.outcome().checksum for peer in group.peers] == [newest, newest]
+
+
+@pytest.mark.fault(20, 22)
+@pytest.mark.parametrize("target", [staged, in_place])
+def test_a_vote_that_was_never_decided_stays_so_when_later_ones_were(target):
+    with training(1, Receiving(target)) as group:
+        cut = group.add(Receiving(target, _cut_after_its_vote))
+        first = group.sync(2.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [first, first]
+        with pytest.raises(PeerLost, match="receiver rank 2: "):
+            group.sync(3.0)
+        assert group.peers[0].outcome().error == "PeerLost"
+        # The trainer goes on: the same version, other weights.
+        later = group.sync(4.0)
+        outcome = group.peers[0].outcome()
+        assert (outcome.shown, outcome.checksum) == (2, later)
+        assert cut.outcome().error == "PeerLost"
+        cut.tell("reconnect", group.session.address)
+        again = cut.outcome()
+        assert (again.kind, again.version) == ("reconnected", None)
+        if target is staged:
+            assert (again.shown, again.checksum) == (1, first)
+        else:
+            assert (again.shown, again.state) == (None, "torn")
+        newest = group.sync(5.0)
+        assert [peer.outcome().checksum for peer in group.peers] == [newest, newest]
