@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from functools import partial
 
 import pytest
 
@@ -22,7 +24,8 @@ from tests.helpers.peers import (
     weights,
 )
 
-# How soon every other rank must know that a process has been killed.
+# How soon every other rank must know that a process has been killed, with the default settings for
+# heartbeats.
 KNOWN_S = 2.0
 
 OLD = checksum(weights(1.0))
@@ -149,14 +152,21 @@ def test_one_that_dies_while_it_connects_is_named_and_the_others_go_on():
         assert [peer.outcome().checksum for peer in healthy] == [new, new]
 
 
-def _dies_in_the_data(sender):
-    sender.source.when(12, end_now)
+def _dies_in_the_data(when, sender):
+    def die():
+        when.write_text(repr(time.monotonic()))
+        end_now()
+
+    sender.source.when(12, die)
 
 
 @pytest.mark.fault(2, 19)
 @pytest.mark.parametrize("target", [staged, in_place])
-def test_a_sender_killed_in_the_data_is_known_and_the_receivers_go_on_with_the_next_one(target):
-    sender = Peer(send_on, 2, _dies_in_the_data)
+def test_a_sender_killed_in_the_data_is_known_soon_and_the_receivers_go_on_with_the_next_one(
+    target, tmp_path
+):
+    when = tmp_path / "killed"
+    sender = Peer(send_on, 2, partial(_dies_in_the_data, when))
     address, _ = sender.outcome().detail
     receivers = [Peer(receive_on, address, Receiving(target)) for _ in range(2)]
     processes = [sender, *receivers]
@@ -167,11 +177,13 @@ def test_a_sender_killed_in_the_data_is_known_and_the_receivers_go_on_with_the_n
         assert [peer.outcome().checksum for peer in receivers] == [old, old]
         sender.tell("sync", 1, 5.0)
         assert sender.exit_code == -signal.SIGKILL
+        killed_at = float(when.read_text())
         for peer in receivers:
             outcome = peer.outcome()
             assert (outcome.error, outcome.lasts) == ("PeerLost", False)
             assert "the sender" in outcome.text
             assert "in chunk" in outcome.text
+            assert 0 < outcome.at - killed_at < KNOWN_S
             if target is staged:
                 assert (outcome.shown, outcome.checksum) == (0, old)
             else:
