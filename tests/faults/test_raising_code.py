@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -39,15 +40,20 @@ OLD = checksum(weights(1.0))
 TENSORS = 60
 
 
-def _raises_once(tensors):
-    """A callback that raises in the tenth chunk of its second sync."""
+# The chunk in which a callback raises, and how many more the others may have by then: what was on
+# its way in slots and in buffers of the system.
+RAISING = 10
+ON_ITS_WAY = 10
+
+
+def _raises_once(when, tensors):
+    """A callback that raises once, in its second sync."""
     chunks = []
-    raised = []
 
     def on_weights(version, items):
         chunks.append(version)
-        if version == 1 and chunks.count(1) == 10 and not raised:
-            raised.append(version)
+        if version == 1 and chunks.count(1) == RAISING and not when.exists():
+            when.write_text(repr(time.monotonic()))
             raise ZeroDivisionError("of the callback")
         for name, tensor in items:
             tensors[name].copy_(tensor)
@@ -55,33 +61,49 @@ def _raises_once(tensors):
     return on_weights
 
 
-def many():
-    return weights(0.0, TENSORS)
+def many(value=0.0):
+    return weights(value, TENSORS)
+
+
+def _checksum_of_the_first(count):
+    """Of version 0 with so many tensors of version 1, in the order in which they are sent."""
+    old, new = many(1.0), many(2.0)
+    return checksum({n: (new if i < count else old)[n] for i, n in enumerate(old)})
 
 
 @pytest.mark.fault(7, 19)
 @pytest.mark.parametrize("target", [staged, in_place])
-def test_a_callback_that_raises_stops_all_at_its_chunk_and_its_traceback_reaches_the_sender(target):
-    with training(1, Receiving(target, make=many), sent=weights(1.0, TENSORS)) as group:
-        group.add(Receiving(_raises_once, make=many))
+def test_a_callback_that_raises_stops_all_at_its_chunk_and_its_traceback_reaches_all(
+    target, tmp_path
+):
+    when = tmp_path / "raised"
+    with training(2, Receiving(target, make=many), sent=many(1.0)) as group:
+        raises = group.add(Receiving(partial(_raises_once, when), make=many))
         generation = group.session.generation
-        with pytest.raises(RemoteError, match="receiver rank 2: ZeroDivisionError: of the") as e:
+        with pytest.raises(RemoteError, match="receiver rank 3: ZeroDivisionError: of the") as e:
             group.sync(2.0)
         assert "on_weights" in str(e.value.__cause__)
         assert "Traceback" in str(e.value.__cause__)
-        # What is on its way in buffers of the system and in slots is all that comes after it.
-        assert 9 <= group.session.chunk < TENSORS
-        other, raising = (peer.outcome() for peer in group.peers)
-        assert raising.error == "ZeroDivisionError"
-        assert other.error == "RemoteError"
-        assert "receiver rank 2: ZeroDivisionError: of the callback" in other.text
-        assert "on_weights" in other.cause
-        if target is staged:
-            assert (other.shown, other.checksum) == (0, checksum(weights(1.0, TENSORS)))
-        else:
-            assert (other.shown, other.state) == (None, "torn")
+        sent = group.session.chunk
+        assert RAISING - 1 <= sent <= RAISING + ON_ITS_WAY
+        raised = raises.outcome()
+        assert raised.error == "ZeroDivisionError"
+        for other in (peer.outcome() for peer in group.peers[:2]):
+            assert other.error == "RemoteError"
+            assert "receiver rank 3: ZeroDivisionError: of the callback" in other.text
+            assert "on_weights" in other.cause
+            assert other.at - float(when.read_text()) < 2.0
+            # They stop there too, and have written no more than what had come.
+            assert other.chunk <= RAISING + ON_ITS_WAY
+            if target is staged:
+                assert (other.shown, other.checksum) == (0, checksum(many(1.0)))
+            else:
+                assert (other.shown, other.state) == (None, "torn")
+                # One is written while the next one comes.
+                written = range(other.chunk - 2, other.chunk + 1)
+                assert other.checksum in [_checksum_of_the_first(count) for count in written]
         new = group.sync(3.0)
-        assert [peer.outcome().checksum for peer in group.peers] == [new, new]
+        assert [peer.outcome().checksum for peer in group.peers] == [new] * 3
         assert group.session.generation > generation
 
 
