@@ -149,10 +149,22 @@ class StagedTarget:
             raise SessionStateError("commit: no transfer of this manifest is staged")
         if not staging.holds:
             raise TensorError(
-                "commit: a destination has been given other memory since it was planned"
+                f"commit: {self._moved(manifest, staging)} has been given other memory, or none, "
+                "since it was planned"
             )
         staging.copy.run()
         self._target.commit(manifest)
+
+    def _moved(self, manifest: Manifest, staging: Staging) -> str:
+        """Which destination isn't where it was, for messages."""
+        if (moved := staging.copy.moved()) is not None:
+            return f"tensor {staging.pairs[int(moved.rpartition('#')[2])].name!r}"
+        # The inner target may name it itself. Else it follows its owners, such as parameters.
+        now = (part.tensor for parts in self._target.place(manifest) for part in parts)
+        for pair, tensor in zip(staging.pairs, now, strict=True):
+            if tensor.data_ptr() != pair.live.data_ptr():
+                return f"tensor {pair.name!r}"
+        return "a destination that this manifest doesn't fill"
 
     def zeroed(self, manifest: Manifest) -> Sequence[torch.Tensor]:
         """What the inner target's `commit` overwrites beside its parts."""

@@ -23,8 +23,8 @@ def checked_destinations(
     Raises:
         ManifestError: a name is empty or occurs twice.
         TensorError: a tensor requires grad (writing it in place would corrupt a graph: pass
-            `tensor.detach()`), is read-only, overlaps itself or can't be written as bytes; the
-            message names it.
+            `tensor.detach()`), is read-only, overlaps itself, has no memory or can't be written as
+            bytes; the message names it.
     """
     checked: dict[str, torch.Tensor] = {}
     if isinstance(tensors, torch.nn.Module):
@@ -44,8 +44,27 @@ def checked_destinations(
             raise TensorError(
                 f"tensor {name!r} requires grad and can't be written in place: pass its detach()"
             )
+        _check_storage(name, tensor)
         checked[name] = tensor
     return checked
+
+
+def _check_storage(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor's memory is there: a storage may have been made smaller under it, or
+    freed, and whoever writes by its address would write to somebody else's.
+
+    Raises:
+        TensorError: it isn't; the message names the tensor.
+    """
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    has = tensor.untyped_storage().nbytes()
+    if has < needed and tensor.numel():
+        raise TensorError(
+            f"tensor {name!r} has no storage: it needs {needed:,} bytes, of which {has:,} are left"
+        )
 
 
 class TensorTarget:
@@ -92,6 +111,7 @@ class TensorTarget:
         Raises:
             ManifestError: lists unknown, missing and mismatched tensors, and those that share
                 memory though they are sent apart, up to ten of them.
+            TensorError: the memory of a tensor was freed.
         """
         if self._parameters:
             self._tensors = {name: p.detach() for name, p in self._parameters.items()}
@@ -106,7 +126,11 @@ class TensorTarget:
             names = [spec.name] if spec.name in self._tensors or not aliases else []
             names += aliases
             problems += filter(None, (self._mismatch(name, spec) for name in names))
-            tensors = [self._tensors[name] for name in names if name in self._tensors]
+            tensors = []
+            for name in names:
+                if name in self._tensors:
+                    tensors.append(self._tensors[name])
+                    _check_storage(name, tensors[-1])
             placed.append([Part(tensor) for tensor in _distinct(tensors)])
         problems += self._missing(
             {*manifest.by_name, *(n for names in tied.values() for n in names)}
