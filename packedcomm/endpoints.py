@@ -20,11 +20,12 @@ class Target(Protocol):
     A target whose memory stays where it is says so by an attribute `fixed_destinations = True`:
     `place` is then called once per manifest and group, not at every transfer, and again if memory
     was replaced. A target with many parts in few tensors gives these by an attribute `memory`, a
-    sequence of tensors, so that only they are looked at before a transfer. One whose `commit`
-    overwrites more than the parts gives that memory by a method `zeroed(manifest)`, a sequence of
-    tensors, so that it isn't taken for torn after a failure that is made good. And where a manifest
-    is all that a target, or a callback, ever holds, this says so by an attribute `whole = True`:
-    when it has been committed nothing is torn any more.
+    sequence of tensors, so that only they are looked at before a transfer; it is asked for them
+    each time, as a module may have got other ones. One whose `commit` overwrites more than the
+    parts gives that memory by a method `zeroed(manifest)`, a sequence of tensors, so that it isn't
+    taken for torn after a failure that is made good. And where a manifest is all that a target, or
+    a callback, ever holds, this says so by an attribute `whole = True`: when it has been committed
+    nothing is torn any more.
     """
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:

@@ -42,10 +42,10 @@ class Staging:
     record: TensorRecord
     """Where that was when this was planned."""
 
-    @property
-    def holds(self) -> bool:
+    def holds(self, live: list[torch.Tensor]) -> bool:
         """Whether all memory, staged and live, is where it was."""
-        return self.record.first_change(self.live) < 0 and self.copy.moved() is None
+        same = len(live) == len(self.live) and self.record.first_change(live) < 0
+        return same and self.copy.moved() is None
 
 
 class StagedTarget:
@@ -89,7 +89,7 @@ class StagedTarget:
     @property
     def memory(self) -> Sequence[torch.Tensor]:
         """The staging memory, and what the inner target's parts are views of."""
-        return [*self._memory.values(), *self._live]
+        return [*self._memory.values(), *getattr(self._target, "memory", self._live)]
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """Staging memory for each part of the inner target.
@@ -103,7 +103,7 @@ class StagedTarget:
             getattr(self._target, "memory", [part.tensor for parts in final for part in parts])
         )
         kept = self._staging.pop(manifest.digest, None)
-        if kept is not None and kept.holds:
+        if kept is not None and kept.holds(self._live):
             self._staging[manifest.digest] = kept
             return kept.parts
         offsets: dict[torch.device, int] = {}
@@ -147,7 +147,7 @@ class StagedTarget:
         staging = self._staging.get(manifest.digest)
         if staging is None:
             raise SessionStateError("commit: no transfer of this manifest is staged")
-        if not staging.holds:
+        if not staging.holds(list(getattr(self._target, "memory", staging.live))):
             raise TensorError(
                 f"commit: {self._moved(manifest, staging)} has been given other memory, or none, "
                 "since it was planned"

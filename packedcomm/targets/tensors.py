@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from packedcomm.errors import ManifestError, TensorError, listed
 from packedcomm.manifest import Manifest, TensorSpec, dtype_name
 
 __all__ = ["TensorTarget", "checked_destinations"]
+
+_dictionaries = attrgetter("_modules", "_parameters")
 
 
 def checked_destinations(
@@ -77,7 +80,8 @@ class TensorTarget:
         tensors: a module, whose parameters are meant, as `ModuleSource` sends them by default;
             or a mapping or `(name, tensor)` pairs; cupy and NumPy arrays count as tensors. Strided
             views are fine. Two names may have one tensor (tied weights). Of a module, memory that
-            its parameters are given later (`.data = ...`, `.to(...)`) is followed; tensors such as
+            its parameters are given later (`.data = ...`, `.to(...)`) is followed, and so are
+            parameters and modules that are put in place of others; tensors such as
             `parameter.detach()` are memory of their own account, and a target of them must be made
             anew.
         partial: whether a transfer may leave out some of the names; otherwise that is an error.
@@ -95,15 +99,35 @@ class TensorTarget:
         partial: bool = False,
     ) -> None:
         self._tensors = checked_destinations(tensors)
+        self._module = tensors if isinstance(tensors, torch.nn.Module) else None
         self._parameters: dict[str, torch.nn.Parameter] = {}
-        if isinstance(tensors, torch.nn.Module):
-            self._parameters = dict(tensors.named_parameters())
+        # The module and those in it; their children and parameters.
+        self._modules: list[torch.nn.Module] = []
+        self._objects: list[Any] = []
         self._partial = partial
+        self._look()
 
     @property
     def memory(self) -> Sequence[torch.Tensor]:
-        """All tensors; of a module the parameters themselves, whose memory may be replaced."""
+        """All tensors; of a module the parameters that it has now, whose memory may be replaced."""
+        # In C: this is asked for at every transfer.
+        now = self._present()
+        if len(now) != len(self._objects) or not all(map(is_, now, self._objects)):
+            self._look()
         return list((self._parameters or self._tensors).values())
+
+    def _look(self) -> None:
+        """Look which parameters a module has now."""
+        if self._module is None:
+            return
+        self._parameters = dict(self._module.named_parameters())
+        self._tensors = {name: p.detach() for name, p in self._parameters.items()}
+        self._modules = list(self._module.modules())
+        self._objects = self._present()
+
+    def _present(self) -> list[Any]:
+        dictionaries = chain.from_iterable(map(_dictionaries, self._modules))
+        return list(chain.from_iterable(map(dict.values, dictionaries)))
 
     def place(self, manifest: Manifest) -> Sequence[Sequence[Part]]:
         """The tensor of each name, and those of the names that are tied to it.
@@ -113,8 +137,7 @@ class TensorTarget:
                 memory though they are sent apart, up to ten of them.
             TensorError: the memory of a tensor was freed.
         """
-        if self._parameters:
-            self._tensors = {name: p.detach() for name, p in self._parameters.items()}
+        self._look()
         tied: dict[str, list[str]] = {}
         for name, sent_as in manifest.attributes.get("tied", {}).items():
             if name in self._tensors:

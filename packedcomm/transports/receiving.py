@@ -70,6 +70,11 @@ class TargetPlan:
     record: TensorRecord
     """Where that was when the plan was made."""
 
+    def holds(self, target: Target) -> bool:
+        """Whether the target's memory is where it was."""
+        now = getattr(target, "memory", self.memory)
+        return len(now) == len(self.memory) and self.record.first_change(now) < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -176,7 +181,7 @@ class Receiving:
             with suppress(TypeError):
                 kept = self._pipeline.plans.setdefault(target, {})
         plan = kept.get(key)
-        if plan is None or plan.record.first_change(plan.memory) >= 0:
+        if plan is None or not plan.holds(target):
             kept.pop(key, None)
             plan = self._new_plan(manifest, target)
             if len(kept) >= _KEPT_PLANS:

@@ -53,6 +53,19 @@ def replaced(model):
     model.lost.data = torch.zeros(4)
 
 
+def put_in_place(model):
+    model.lost = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+
+
+# Who gives tensors or parameters gives these, whatever a module has in their place later.
+OF_ITS_OWN_ACCOUNT = (
+    (of_tensors, emptied),
+    (of_tensors, replaced),
+    (of_tensors, put_in_place),
+    (of_parameters, put_in_place),
+)
+
+
 class Syncs:
     """A receiver that has received twice what is planned once."""
 
@@ -82,7 +95,7 @@ class Syncs:
         (make, lose)
         for make in (of_tensors, of_module, of_parameters)
         for lose in (freed, shrunk, emptied)
-        if (make, lose) != (of_tensors, emptied)
+        if (make, lose) not in OF_ITS_OWN_ACCOUNT
     ],
 )
 def test_memory_that_is_gone_is_refused_by_name_and_nothing_is_written(make, lose, staging):
@@ -102,6 +115,56 @@ def test_memory_that_is_gone_is_refused_by_name_and_nothing_is_written(make, los
         syncs.receiver = WeightReceiver(make(model), end)
         assert syncs.sync(4.0) == 2
         assert [p.tolist() for p in model.parameters()] == [[4.0] * 4] * 2
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("staging", [False, True])
+def test_a_parameter_that_was_put_in_place_of_another_gets_what_comes(staging):
+    tree = torch.nn.Sequential(Model(), Model())
+    with sessions(1) as (session, (end,)):
+        target = TensorTarget(tree)
+        receiver = WeightReceiver(StagedTarget(target) if staging else target, end)
+        sent = {name: torch.ones(4) for name, _ in tree.named_parameters()}
+        senders = [FullWeightSender(sent, session), FullWeightSender(dict(sent), session)]
+        # In one plan for each size of buffers.
+        for size, sender in zip((64, 1 << 20), senders, strict=True):
+            session.buffer_size_bytes = size
+            assert Round(sender.sync, [receiver]).sent.version == 0
+        for replace, value in ((new_parameter, 2.0), (new_module, 3.0)):
+            replace(tree)
+            for size, sender in zip((64, 1 << 20), senders, strict=True):
+                value += 0.5
+                for tensor in sent.values():
+                    tensor.fill_(value)
+                session.buffer_size_bytes = size
+                assert Round(sender.sync, [receiver]).sent.receivers == 1
+                assert [p.tolist() for p in tree.parameters()] == [[value] * 4] * 4
+
+
+def new_parameter(tree):
+    tree[0].lost = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+
+
+def new_module(tree):
+    tree[1] = Model()
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("staging", [False, True])
+def test_a_model_that_went_to_another_device_or_lacks_a_parameter_is_refused_by_name(staging):
+    for change, name in ((lambda model: model.to("meta"), "kept"), (without_one, "lost")):
+        model = Model()
+        with sessions(1) as (session, (end,)):
+            syncs = Syncs(session, end, of_module(model), staging)
+            change(model)
+            error = syncs.sync(3.0)
+            assert isinstance(error, (TensorError, ManifestError))
+            assert f"'{name}'" in str(error)
+            assert syncs.receiver.status().version == 1
+
+
+def without_one(model):
+    del model.lost
 
 
 @pytest.mark.fault(25)
@@ -126,9 +189,8 @@ def test_a_parameter_that_was_given_other_memory_is_followed_or_refused_by_name(
     [
         (make, lose)
         for make in (of_tensors, of_module, of_parameters)
-        for lose in (freed, shrunk, replaced)
-        # Tensors that were given as such are of their own account.
-        if (make, lose) != (of_tensors, replaced)
+        for lose in (freed, shrunk, replaced, put_in_place)
+        if (make, lose) not in OF_ITS_OWN_ACCOUNT
     ],
 )
 def test_memory_that_is_gone_before_the_commit_is_named_and_nothing_is_written(make, lose):
@@ -151,8 +213,14 @@ def test_memory_that_is_gone_before_the_commit_is_named_and_nothing_is_written(m
         assert "has been given other memory" in str(error) or "no storage" in str(error)
         assert "'kept'" not in str(error)
         assert model.kept.tolist() == [2.0] * 4
+        # How much of it the target has written nobody knows but the target.
         status = syncs.receiver.status()
-        assert (status.version, status.state) == (None, "torn")
+        assert (status.version, status.state, status.ready) == (None, "torn", False)
+        model.lost = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        syncs.receiver._following._target = StagedTarget(make(model))
+        assert syncs.sync(4.0) == 3
+        assert syncs.receiver.status().ready
+        assert [p.tolist() for p in model.parameters()] == [[4.0] * 4] * 2
 
 
 @pytest.mark.fault(25)
