@@ -56,11 +56,13 @@ def test_a_receiver_killed_in_the_data_is_named_with_its_chunk_and_the_others_go
                 assert (outcome.state, outcome.shown, outcome.checksum) == ("committed", 0, OLD)
             else:
                 assert (outcome.state, outcome.shown) == ("torn", None)
+            assert outcome.ready is (target is staged)
         # The next one works, and nobody has been restarted.
         new = group.sync(3.0)
         for peer in survivors:
             outcome = peer.outcome()
             assert (outcome.version, outcome.state, outcome.checksum) == (1, "committed", new)
+            assert outcome.ready
 
 
 @pytest.mark.fault(2)
@@ -185,20 +187,23 @@ def test_a_sender_killed_in_the_data_is_known_soon_and_the_receivers_go_on_with_
             assert "in chunk" in outcome.text
             assert 0 < outcome.at - killed_at < KNOWN_S
             if target is staged:
-                assert (outcome.shown, outcome.checksum) == (0, old)
+                # Its session is over, its weights aren't.
+                assert (outcome.shown, outcome.ready, outcome.checksum) == (0, True, old)
             else:
-                assert (outcome.shown, outcome.state) == (None, "torn")
+                assert (outcome.shown, outcome.ready, outcome.state) == (None, False, "torn")
         again = Peer(send_on, 2)
         processes.append(again)
         address, _ = again.outcome().detail
         for peer in receivers:
             peer.tell("reconnect", address)
-            assert peer.outcome().version is None
+            outcome = peer.outcome()
+            assert (outcome.version, outcome.ready) == (None, target is staged)
         again.tell("sync", 0, 6.0)
         new = again.outcome().checksum
         for peer in receivers:
             outcome = peer.outcome()
             assert (outcome.version, outcome.shown, outcome.checksum) == (0, 0, new)
+            assert outcome.ready
     finally:
         for process in processes:
             process.end()

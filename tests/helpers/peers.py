@@ -86,6 +86,8 @@ class Outcome:
     shown: int | None = None
     """What the receiver's status says then."""
     state: str = ""
+    ready: bool = False
+    """Whether its status says that there is something to serve."""
     checksum: int = 0
     """Of the weights."""
     error: str = ""
@@ -261,6 +263,7 @@ def _now(receiver: WeightReceiver, live: Tensors) -> dict[str, Any]:
     return {
         "shown": status.version,
         "state": status.state,
+        "ready": status.ready,
         "checksum": checksum(live),
         "lasts": receiver.session.lasts,
         "chunk": receiver.session.chunk,
