@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,21 @@ from tests.helpers.peers import (
 )
 from tests.soak.footprints import Footprints
 
-__all__ = ["soak_connections", "soak_syncs"]
+__all__ = ["PART", "soak_connections", "soak_syncs"]
 
 RECEIVERS = 2
 CASE = "llama-3-8b-lora-r16"
-# A tenth of the adapter's layers: what grows per tensor shows with fewer as well.
-SCALE = 0.1
+# The part of the adapter that each session brings, or each of a few syncs: some of its layers.
+PART = 0.1
 
 # Before the first sample, and samples after it.
 WARM = 0.2
 SAMPLES = 5
 
 
-def adapter() -> Tensors:
-    """Some layers of a LoRA adapter of Llama-3-8B."""
-    specs = load_case(CASE, scale=SCALE).manifest.specs
+def adapter(scale: float = 1.0) -> Tensors:
+    """A LoRA adapter of Llama-3-8B, or as many of its layers as have this part of its bytes."""
+    specs = load_case(CASE, scale=scale).manifest.specs
     return {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs}
 
 
@@ -51,16 +52,20 @@ def _moments(count: int) -> set[int]:
     return {first + (count - 1 - first) * i // (SAMPLES - 1) for i in range(SAMPLES)}
 
 
-def soak_syncs(count: int) -> dict[str, Any]:
-    """So many verified syncs of an adapter's tensors to two receivers."""
-    sent = adapter()
+def soak_syncs(count: int, scale: float = 1.0) -> dict[str, Any]:
+    """So many verified syncs of an adapter to two receivers.
+
+    Args:
+        count: how many.
+        scale: as for `adapter`.
+    """
+    sent = adapter(scale)
+    how = Receiving(make=partial(adapter, scale))
     seen = Footprints()
     moments = _moments(count)
     wrong = 0
     begin = time.monotonic()
-    with training(
-        RECEIVERS, Receiving(make=adapter), sent=sent, wire_format="native", verify=True
-    ) as group:
+    with training(RECEIVERS, how, sent=sent, wire_format="native", verify=True) as group:
         pids = {f"rank {peer.rank}": peer.pid for peer in group.peers}
         pids["rank 0"] = os.getpid()
         for step in range(count):
@@ -73,7 +78,7 @@ def soak_syncs(count: int) -> dict[str, Any]:
     return {
         "syncs": count,
         "receivers": RECEIVERS,
-        "case": f"{CASE}, {SCALE:.0%} of its bytes",
+        "case": CASE if scale == 1.0 else f"{CASE}, at most {scale:.0%} of its bytes",
         "tensors": len(sent),
         "bytes": sum(tensor.nbytes for tensor in sent.values()),
         "seconds": round(time.monotonic() - begin, 1),
@@ -83,8 +88,8 @@ def soak_syncs(count: int) -> dict[str, Any]:
 
 
 def soak_connections(count: int) -> dict[str, Any]:
-    """So many sessions between the same processes, with a sync in each."""
-    sent = adapter()
+    """So many sessions between the same processes, with a sync of some layers in each."""
+    sent = adapter(PART)
     seen = Footprints()
     moments = _moments(count)
     wrong = 0
@@ -97,7 +102,7 @@ def soak_connections(count: int) -> dict[str, Any]:
                 "127.0.0.1:0", receivers=RECEIVERS, secret=SECRET, settings=PATIENT, device="cpu"
             ) as session:
                 if not peers:
-                    how = Receiving(make=adapter)
+                    how = Receiving(make=partial(adapter, PART))
                     peers = [Peer(receive_on, session.address, how) for _ in range(RECEIVERS)]
                 else:
                     for peer in peers:
@@ -117,6 +122,8 @@ def soak_connections(count: int) -> dict[str, Any]:
     return {
         "cycles": count,
         "receivers": RECEIVERS,
+        "case": f"{CASE}, at most {PART:.0%} of its bytes",
+        "tensors": len(sent),
         "seconds": round(time.monotonic() - begin, 1),
         "wrong": wrong,
         **seen.as_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.soak.kills import soak_kills
-from tests.soak.repeats import soak_connections, soak_syncs
+from tests.soak.repeats import PART, soak_connections, soak_syncs
 from tests.soak.run import MOST_SECONDS
 
 
@@ -19,7 +19,7 @@ def test_receivers_killed_at_random_moments_leave_the_others_whole():
 
 @pytest.mark.fault(18)
 def test_many_syncs_need_no_more_memory_files_and_threads():
-    seen = soak_syncs(50)
+    seen = soak_syncs(50, PART)
     assert seen["grown"] == []
     assert seen["wrong"] == 0
 
