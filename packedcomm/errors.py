@@ -30,6 +30,7 @@ __all__ = [
     "RendezvousTimeout",
     "SessionStateError",
     "TensorError",
+    "TooManyOpenFiles",
     "VersionMismatch",
     "listed",
     "summary",
@@ -75,6 +76,10 @@ class RendezvousTimeout(PackedCommError, TimeoutError):
 
 class AddressInUse(PackedCommError, OSError):
     """The address to listen on is taken by another socket."""
+
+
+class TooManyOpenFiles(PackedCommError, OSError):
+    """This process may not open another file or socket."""
 
 
 class AuthenticationError(PackedCommError, PermissionError):

@@ -13,6 +13,8 @@ from typing import TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from packedcomm.communicators.listener import Address, Listener
+from packedcomm.descriptors import naming_the_limit
+from packedcomm.errors import TooManyOpenFiles
 
 __all__ = ["BoundedStore", "wait_for_server"]
 
@@ -224,6 +226,7 @@ def wait_for_server(
 
     Raises:
         TimeoutError: nothing did by the deadline; the message has the last reason.
+        TooManyOpenFiles: this process may open no socket.
     """
     while True:
         if check is not None:
@@ -231,8 +234,13 @@ def wait_for_server(
         remaining = deadline - time.monotonic()
         try:
             target = (address.host, address.port)
-            with socket.create_connection(target, max(0.01, remaining)) as connection:
+            with (
+                naming_the_limit(f"connecting to {address}"),
+                socket.create_connection(target, max(0.01, remaining)) as connection,
+            ):
                 return connection.getsockname()[0], connection.getpeername()[0]
+        except TooManyOpenFiles:
+            raise
         except OSError as error:
             if time.monotonic() + RETRY_S >= deadline:
                 raise TimeoutError(f"{type(error).__name__}: {error}") from error

@@ -19,6 +19,7 @@ from packedcomm.communicators.peer_sockets import (
     socket_inodes,
 )
 from packedcomm.communicators.rendezvous import Rendezvous
+from packedcomm.descriptors import naming_the_limit
 from packedcomm.errors import ArgumentError, PackedCommError, PeerLost
 
 __all__ = ["connect_gloo"]
@@ -57,7 +58,10 @@ def connect_gloo(
         PeerLost: Gloo can't connect although all ranks are there.
         PackedCommError: what `Rendezvous` raises.
     """
-    with Rendezvous(address, rank, world_size, timeout_s, check) as rendezvous:
+    with (
+        naming_the_limit(f"connecting rank {rank} of {world_size}"),
+        Rendezvous(address, rank, world_size, timeout_s, check) as rendezvous,
+    ):
         rendezvous.agree("gloo", "cpu")
         before = socket_inodes()
         device, listening = _listen(rendezvous)

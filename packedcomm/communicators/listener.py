@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from packedcomm.descriptors import check_descriptors, naming_the_limit
 from packedcomm.errors import AddressInUse, ArgumentError, SessionStateError
 
 __all__ = ["Address", "Listener", "closing_on_error"]
@@ -20,6 +21,9 @@ ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104  (compared with, never a defaul
 
 # Ranks may connect before rank 0 serves; they wait in the backlog.
 BACKLOG = 1024
+
+# The socket's, and what the look-up of a name may need.
+DESCRIPTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +90,23 @@ class Listener:
         Raises:
             ArgumentError: the address is malformed, unknown, or not one of this machine's.
             AddressInUse: another socket listens there; the message names the address.
+            TooManyOpenFiles: no descriptor is free.
         """
         wanted = Address.parse(address)
+        what = f"listening on {address}"
+        check_descriptors(DESCRIPTORS, what)
+        with naming_the_limit(what):
+            return cls._bind(address, wanted)
+
+    @classmethod
+    def _bind(cls, address: str, wanted: Address) -> Listener:
         try:
             found = socket.getaddrinfo(
                 wanted.host, wanted.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
         except (OSError, UnicodeError) as error:
+            if getattr(error, "errno", None) == errno.EMFILE:
+                raise
             raise ArgumentError(f"can't listen on {address}: {error}") from error
         family, _, _, _, resolved = found[0]
         if _is_unspecified(str(resolved[0])) and not wanted.all_interfaces:

@@ -25,6 +25,7 @@ from packedcomm.communicators.base import check_rank, check_timeout
 from packedcomm.communicators.bounded_store import BoundedStore, wait_for_server
 from packedcomm.communicators.listener import Address, Listener, closing_on_error
 from packedcomm.communicators.rank_record import RankRecord
+from packedcomm.descriptors import check_descriptors
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -49,6 +50,9 @@ WATCH_S = 2.0
 
 # How long rank 0 keeps serving after a failure, so that the others learn of it.
 LINGER_S = 1.0
+
+# Of sockets, epolls and pipes of the store and of Gloo, apart from those to each rank.
+DESCRIPTORS = 12
 
 MAX_MESSAGE_BYTES = 4096
 MAX_FAILURE_BYTES = 16384
@@ -91,10 +95,16 @@ class Rendezvous:
             ArgumentError: an argument is malformed or out of range.
             AddressInUse: rank 0 can't listen because another socket does.
             RendezvousTimeout: rank 0 can't be reached.
+            TooManyOpenFiles: fewer descriptors are free than the ranks' connections need.
         """
         with closing_on_error(address):
             check_rank(rank, world_size)
             check_timeout(timeout_s)
+            # Rank 0 also serves the store.
+            per_rank = 1 if rank else 2
+            check_descriptors(
+                DESCRIPTORS + per_rank * world_size, f"connecting rank {rank} of {world_size}"
+            )
             self._also_check = also_check
             self._begin(address, rank, world_size, timeout_s)
 
