@@ -77,9 +77,9 @@ class Settings:
     max_frame_bytes: int = 64 << 20
     """Cap on one control message of a session; the largest holds a manifest."""
 
-    max_pending_connections: int = 64
-    """Connections to a session's address that haven't proved yet that they have the secret; beyond
-    it the oldest are cut."""
+    max_pending_connections: int = 1024
+    """Connections to a session's address from which nothing has come yet; beyond it the oldest are
+    cut. Where half of the descriptors that the process may have are taken, 64."""
 
     flight_record_events: int = 256
     """Last events of a session that are written down when a sync fails."""

@@ -6,20 +6,24 @@ A frame of no bytes says nothing: it is sent only to learn whether a peer is sti
 from __future__ import annotations
 
 import os
+import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
+from packedcomm.descriptors import check_descriptors
 from packedcomm.errors import SessionStateError
+from packedcomm.session.event_watch import EventWatch
+from packedcomm.session.inflow import Inflow
 from packedcomm.settings import Settings
 
-__all__ = ["BATCH", "EVENTS", "MORE", "NOW", "READABLE", "Channel"]
+__all__ = ["BATCH", "DISCONNECTED", "EVENTS", "MORE", "NOW", "READABLE", "Channel"]
 
 # How long a wait may keep the channel to itself: `close` from another thread comes in between.
 SLICE_S = 0.05
@@ -33,6 +37,9 @@ LINGER_MS = 1000
 SPIN_S = 0.0005
 SPINS = len(os.sched_getaffinity(0)) >= 8
 
+# What a channel has at most, before anybody is connected.
+DESCRIPTORS = 24
+
 # Each channel has a context of its own, so one name does for all monitors.
 MONITOR = "inproc://monitor"
 
@@ -41,6 +48,10 @@ EVENTS = int(zmq.EVENTS)
 READABLE = int(zmq.POLLIN)
 NOW = int(zmq.NOBLOCK)
 MORE = int(zmq.SNDMORE) | NOW
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
+
+# What a monitor tells of an event: its number, and a value.
+EVENT = struct.Struct("=Hi")
 
 # Frames taken in one go; one peer can't keep the others waiting.
 BATCH = 256
@@ -85,8 +96,21 @@ class Channel:
     """What of connections the monitor tells."""
 
     def __init__(self, kind: int, settings: Settings) -> None:
-        """Make the socket; binding or connecting it follows."""
+        """Make the socket; binding or connecting it follows.
+
+        Raises:
+            TooManyOpenFiles: fewer descriptors are free than a channel needs.
+        """
+        # ZeroMQ ends the process where it gets none.
+        check_descriptors(DESCRIPTORS, "a control channel")
         self.settings = settings
+        self.received: deque[Any] = deque()
+        """What came. Whoever acts on it takes it out then, not before: one that is interrupted
+        loses nothing."""
+        self._inflow = Inflow(settings.max_frame_bytes)
+        self._watch: EventWatch | None = None
+        # What the monitor has told and nobody has acted on.
+        self._told: deque[bytes] = deque()
         # A signal handler may say the last words in the middle of a poll.
         self._lock = threading.RLock()
         # Tells whether this thread has the lock.
@@ -140,15 +164,19 @@ class Channel:
             while not (ready := self._poller.poll(0)) and time.monotonic() < end:
                 pass
         found = [socket for socket, _ in ready or self._poller.poll(timeout_ms)]
-        return self._socket in found, self._monitor in found
+        return self._socket in found, self._monitor in found or bool(self._told)
 
-    def _events(self) -> list[tuple[int, int]]:
-        """What has happened to connections: events, each with its value, a descriptor for some."""
-        events = []
-        while self._monitor.getsockopt(EVENTS) & READABLE:
-            message = recv_monitor_message(self._monitor, NOW)
-            events.append((int(message["event"]), int(message["value"])))
-        return events
+    def _events(self) -> Iterator[tuple[int, int]]:
+        """What has happened to connections: events, each with its value, a descriptor for some.
+        Each counts as seen when the next one is asked for."""
+        receive, told = self._monitor.recv, self._told
+        while told or self._monitor.getsockopt(EVENTS) & READABLE:
+            if not told:
+                # With the address, which has another length.
+                told.extend(map(receive, (NOW, NOW)))
+            if len(told[0]) == EVENT.size:
+                yield EVENT.unpack(told[0])
+            told.popleft()
 
     def hang_up(self) -> None:
         """Send what is on its way, and end every connection that others have made; a receiver has
@@ -184,6 +212,8 @@ class Channel:
         with self._lock:
             self._held.release()
         self._forgotten.detach()
+        if self._watch is not None:
+            self._watch.join(LINGER_MS / 1000)
 
     def leave_to_parent(self) -> None:
         """In a process that was forked: never touch again what is the parent's."""

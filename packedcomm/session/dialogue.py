@@ -6,7 +6,6 @@ import abc
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Container, Sequence
 from typing import Any, ClassVar
 
@@ -56,7 +55,6 @@ class Dialogue(SessionEnd):
         self._channel: SenderChannel = channel
         self.address = channel.address
         self.members = Members()
-        self._frames: deque[tuple[bytes, bytes]] = deque()
         # Of the last message sent, and of the last `Cancel`: an answer to an earlier question and a
         # failure from before a `Cancel` are of no interest any more.
         self._number = 0
@@ -290,6 +288,8 @@ class Dialogue(SessionEnd):
                 member.asked = self._number
                 if member.lost is None and not self._channel.send(member.peer, frames[id(said)]):
                     member.disconnect(self._during())
+                # Not before: a beat must not overtake it.
+                member.said = 0 if isinstance(said, Cancel) else self._number
             return self._number
 
     def _check_size(self, member: Member, nbytes: int) -> None:
@@ -301,16 +301,18 @@ class Dialogue(SessionEnd):
             )
 
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
-        frames, gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)
+        gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)
         # Whoever is interrupted from here on leaves what it hasn't sorted to the next one.
-        self._frames.extend(frames)
-        while self._frames:
+        received = self._channel.received
+        while received:
             try:
-                self._sort(*self._frames[0])
+                peer, frame = received[0]
+                if len(frame):
+                    self._sort(peer.bytes, frame.bytes)
             except Exception:
-                self._frames.popleft()
+                received.popleft()
                 raise
-            self._frames.popleft()
+            received.popleft()
         for peer in gone:
             if (member := self.members.get(peer)) is not None:
                 member.disconnect(self._during())
@@ -374,10 +376,14 @@ class Dialogue(SessionEnd):
 
     def _say_to_all(self, message: Message) -> None:
         with contextlib.suppress(PackedCommError):
-            number = 0 if isinstance(message, Beat) else self._number
-            frame = encode(message, number, self.settings)
+            frames: dict[int, bytes] = {}
             for member in self.members.present:
-                if not self._channel.send(member.peer, frame):
+                # A beat has the number of what was said last, so that a receiver which has lost
+                # that knows it.
+                number = member.said if isinstance(message, Beat) else self._number
+                if number not in frames:
+                    frames[number] = encode(message, number, self.settings)
+                if not self._channel.send(member.peer, frames[number]):
                     member.disconnect(self._during())
 
     def _interrupt(self, phase: Phase, error: PackedCommError) -> bool:

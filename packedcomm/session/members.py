@@ -32,6 +32,8 @@ class Member:
         self.waits_for = ""
         self.asked = 0
         """Number of the last message that was sent to it, which an answer repeats."""
+        self.said = 0
+        """That number as soon as the message is on its way; 0 once it has been taken back."""
         self.awaited = True
         """Whether it hasn't answered yet what it was asked last."""
         self.connected = False

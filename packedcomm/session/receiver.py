@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from packedcomm.errors import (
     PackedCommError,
     PeerLost,
     ProtocolError,
+    RemoteError,
     RendezvousTimeout,
     SessionStateError,
 )
@@ -32,6 +32,7 @@ from packedcomm.session.messages import (
     Connect,
     Connected,
     Failure,
+    Hello,
     Message,
     NoChange,
     Offer,
@@ -47,6 +48,9 @@ from packedcomm.session.states import AT_REST, SyncState
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
+
+# A message's number and the message, or what came instead of one.
+_Received = tuple[int, Message | ProtocolError]
 
 _ANSWERED = (Assemble, Offer, NoChange, Commit)
 
@@ -69,10 +73,9 @@ class ReceiverSession(SessionEnd):
         deadline = deadline_after(settings.connect_timeout_s)
         self.address = address
         self.rank, self.world_size = 0, 0
-        # Messages that nobody has taken yet, and what came instead of one.
-        self._inbox: deque[tuple[int, Message | ProtocolError]] = deque()
-        self._frames: deque[bytes] = deque()
         self._number = 0
+        # The highest number of what has come.
+        self._come = 0
         self._owes = False
         self._left: str | None = None
         self._heard = time.monotonic()
@@ -81,12 +84,8 @@ class ReceiverSession(SessionEnd):
         self._sender_state = SyncState.IDLE
         self._sender_waits_for = ""
         self._channel: ReceiverChannel = ReceiverChannel(address, secret, settings, deadline)
-        try:
-            self._channel.send(encode(hello, 0, settings))
-            welcome = self._await_welcome(deadline)
-        except BaseException:
-            self._channel.close()
-            raise
+        while (welcome := self._introduce(hello, deadline)) is None:
+            self._channel = ReceiverChannel(address, secret, settings, deadline)
         self.epoch = welcome.epoch
         self.rank, self.world_size = welcome.rank, welcome.world_size
         self.wire_format = welcome.wire_format
@@ -150,11 +149,11 @@ class ReceiverSession(SessionEnd):
         soon = True
         while True:
             self._check_open("receive")
-            if self._inbox:
-                number, message = self._inbox[0]
+            if (first := self._first()) is not None:
+                number, message = first
                 # Before it is taken, so that whoever is interrupted knows of it.
                 self._number, self._owes = number, isinstance(message, _ANSWERED)
-                self._inbox.popleft()
+                self._drop_first()
                 if isinstance(message, ProtocolError):
                     raise message
                 if isinstance(message, Close):
@@ -208,7 +207,7 @@ class ReceiverSession(SessionEnd):
             self.reply(Failure(*described(error, self.settings.max_frame_bytes), ended))
 
     def _failed(self) -> PackedCommError | None:
-        for _, message in list(self._inbox):
+        for _, message in self._inbox:
             if isinstance(message, ProtocolError):
                 return message
             if isinstance(message, Cancel):
@@ -234,13 +233,13 @@ class ReceiverSession(SessionEnd):
     @property
     def withdrawn(self) -> bool:
         """Whether the sender has given up meanwhile what that message was about."""
-        return any(isinstance(m, Cancel) for _, m in list(self._inbox))
+        return any(isinstance(m, Cancel) for _, m in self._inbox)
 
     @property
     def untouched(self) -> bool:
         """Whether the sender has given up what this end waits for before it sent any data. What it
         says first counts: whatever it says after that is of no sync any more."""
-        cancels = (m for _, m in list(self._inbox) if isinstance(m, Cancel))
+        cancels = (m for _, m in self._inbox if isinstance(m, Cancel))
         return next((m.untouched for m in cancels), False)
 
     def _silent(self) -> DeadlineExceeded | None:
@@ -258,25 +257,69 @@ class ReceiverSession(SessionEnd):
     def _during(self) -> str:
         return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
 
+    @property
+    def _inbox(self) -> list[_Received]:
+        """Messages that nobody has taken yet, and what came instead of one."""
+        return [item for item in list(self._channel.received) if type(item) is tuple]
+
+    def _first(self) -> _Received | None:
+        """The first of these."""
+        received = self._channel.received
+        with contextlib.suppress(IndexError):
+            while received:
+                if type(first := received[0]) is tuple:
+                    return first
+                # Another thread is about to read it, or whoever was has been interrupted.
+                self._pump(0.0)
+        return None
+
+    def _drop_first(self) -> None:
+        with self._pumping:
+            self._channel.received.popleft()
+
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
-        # Whoever is interrupted from here on leaves what it hasn't sorted to the next one.
-        self._frames.extend(self._channel.wait(timeout_s, soon=soon))
-        while self._frames:
-            self._heard = time.monotonic()
-            message: Message | ProtocolError
-            try:
-                number, message = decode(self._frames[0], self.settings)
-                if not message.from_sender:
-                    raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
-            except ProtocolError as error:
-                number, message = self._number, error
-            if isinstance(message, Beat):
-                self._sender_state = SyncState(message.state)
-                self._sender_waits_for = message.waits_for
-                self._frames.popleft()
+        self._channel.wait(timeout_s, soon=soon)
+        received = self._channel.received
+        # Each frame is read where it is: whoever is interrupted leaves it to the next one. Others
+        # only put more at the end.
+        index = 0
+        while index < len(received):
+            if type(received[index]) is not bytes:
+                index += 1
+            elif (read := self._read(received[index])) is not None:
+                received[index] = read
             else:
-                # One statement; only an interrupt right after the `popleft` loses it.
-                self._inbox.extend([(number, message)] if self._frames.popleft() else [])
+                del received[index]
+
+    def _read(self, frame: bytes) -> _Received | None:
+        """The message of a frame, or what is wrong with it; None if nobody has to take it."""
+        if not frame:
+            return None
+        self._heard = time.monotonic()
+        try:
+            number, message = decode(frame, self.settings)
+            if not message.from_sender:
+                raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
+        except ProtocolError as error:
+            return self._number, error
+        if isinstance(message, Beat):
+            self._sender_state = SyncState(message.state)
+            self._sender_waits_for = message.waits_for
+            self._report_lost(number)
+            return None
+        self._come = max(self._come, number)
+        # Said again where the sender was interrupted.
+        return None if self.epoch and isinstance(message, Welcome) else (number, message)
+
+    def _report_lost(self, said: int) -> None:
+        """Tell the sender if something that it says it has said never came: a signal's handler has
+        raised inside pyzmq, while that was being taken from ZeroMQ. It waits for the answer."""
+        if said > self._come:
+            error = RemoteError("interrupted while it took a message, which is lost")
+            failure = Failure(*described(error, self.settings.max_frame_bytes))
+            with contextlib.suppress(PackedCommError):
+                self._channel.send(encode(failure, said, self.settings))
+            self._come = said
 
     def _give_more_time(self, seconds: float) -> None:
         self._heard = min(self._heard + seconds, time.monotonic())
@@ -301,17 +344,39 @@ class ReceiverSession(SessionEnd):
     def _waited_for(self) -> list[dict[str, Any]]:
         return [] if self.state is SyncState.AGREED else self._peers()
 
-    def _await_welcome(self, deadline: float) -> Welcome:
-        while not self._inbox:
-            if self._channel.lost:
+    def _introduce(self, hello: Hello, deadline: float) -> Welcome | None:
+        """Say what this end is, and wait for the answer. None if the connection was cut before that
+        came, and may be made again: the channel is closed then, as when this raises."""
+        try:
+            welcome = self._await_welcome(hello, deadline)
+        except BaseException:
+            self._channel.close()
+            raise
+        if welcome is None:
+            self._channel.close()
+            if not self._channel.listened_to():
                 raise PeerLost(f"{self._whom()} has ended the connection before it has answered")
+        return welcome
+
+    def _await_welcome(self, hello: Hello, deadline: float) -> Welcome | None:
+        frame = encode(hello, 0, self.settings)
+        again = 0.0
+        while (first := self._first()) is None:
+            if self._channel.lost:
+                return None
             if time.monotonic() >= deadline:
                 raise RendezvousTimeout(
                     f"{self._whom()} has not answered within "
                     f"{self.settings.connect_timeout_s:.3g} s"
                 )
+            if time.monotonic() >= again:
+                # More than once: a sender that is interrupted may lose it.
+                with contextlib.suppress(PeerLost):
+                    self._channel.send(frame)
+                again = time.monotonic() + self.settings.heartbeat_interval_s
             self._pump(deadline - time.monotonic())
-        self._number, message = self._inbox.popleft()
+        self._number, message = first
+        self._drop_first()
         if isinstance(message, ProtocolError):
             raise message
         if isinstance(message, Refused):
@@ -345,7 +410,7 @@ class ReceiverSession(SessionEnd):
     def _await_connect(self) -> Connect | None:
         """The sender's word that everybody is present; None if it has given that up."""
         deadline = deadline_after(self.settings.agree_timeout_s)
-        while not self._inbox:
+        while (first := self._first()) is None:
             self._check_failure()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(
@@ -355,11 +420,12 @@ class ReceiverSession(SessionEnd):
             self._pump(deadline - time.monotonic())
         # What else has come may take it back.
         self._check_failure()
-        if isinstance(self._inbox[0][1], Connect):
-            self._number, message = self._inbox.popleft()
-            assert isinstance(message, Connect)
-            return message
-        return None
+        number, message = first
+        if not isinstance(message, Connect):
+            return None
+        self._number = number
+        self._drop_first()
+        return message
 
     def _connect(self, message: Connect, deadline: float) -> Communicator:
         remaining = max(0.1, deadline - time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -14,13 +15,20 @@ from packedcomm.communicators.bounded_store import wait_for_server
 from packedcomm.communicators.listener import Address
 from packedcomm.errors import ArgumentError, AuthenticationError, PeerLost, RendezvousTimeout
 from packedcomm.session.authentication import Keys, check_secret
-from packedcomm.session.channel import BATCH, EVENTS, NOW, READABLE, Channel
+from packedcomm.session.channel import BATCH, DISCONNECTED, EVENTS, NOW, READABLE, Channel
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverChannel"]
 
-# Refused handshakes in a row that mean a wrong secret. A sender that is just ending refuses once.
-REFUSALS = 3
+# Refused handshakes in a row that mean a wrong secret. A sender that is just ending refuses once;
+# one to which too many connect at once resets connections, and ZeroMQ tells about every second of
+# these as if it were refused.
+REFUSALS = 6
+
+# The arguments of a single call.
+_ONCE = (NOW,)
+
+LISTENED_TO_S = 1.0
 
 # How often a name that means nothing yet is looked up again.
 RETRY_S = 0.2
@@ -33,7 +41,8 @@ class ReceiverChannel(Channel):
     """
 
     _monitored = int(
-        zmq.EVENT_HANDSHAKE_SUCCEEDED
+        zmq.EVENT_CONNECTED
+        | zmq.EVENT_HANDSHAKE_SUCCEEDED
         | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -55,11 +64,11 @@ class ReceiverChannel(Channel):
             ArgumentError: address or secret are malformed or don't go together.
             RendezvousTimeout: no sender was there by the deadline.
             AuthenticationError: the sender has another secret.
+            TooManyOpenFiles: fewer descriptors are free than a channel needs.
         """
         self.address = address
         self.lost = False
         """Whether the sender's connection has ended. What it said before can still be taken."""
-        self._last_words: list[bytes] = []
         parsed = Address.parse(address)
         if parsed.port == 0:
             raise ArgumentError(f"address {address!r} has no port to connect to")
@@ -81,6 +90,8 @@ class ReceiverChannel(Channel):
             self._socket.curve_serverkey = Keys.of_sender(secret).public
             self._socket.curve_publickey = keys.public
             self._socket.curve_secretkey = keys.private
+        self._port = parsed.port
+        self._descriptor = -1
         self._endpoint = f"tcp://{Address(self.reached, parsed.port)}"
         self._socket.connect(self._endpoint)
         try:
@@ -95,19 +106,24 @@ class ReceiverChannel(Channel):
             with self._lock:
                 self._held.check()
                 self._poll(deadline - time.monotonic())
-                events = [event for event, _ in self._events()]
+                told = list(self._events())
+                events = [event for event, _ in told]
                 if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
                     since = events[events.index(zmq.EVENT_HANDSHAKE_SUCCEEDED) :]
-                    self.lost = zmq.EVENT_DISCONNECTED in since
-                    return
-                for event in events:
-                    if event in (
+                    self.lost = DISCONNECTED in since
+                for event, value in told:
+                    if event == zmq.EVENT_CONNECTED:
+                        self._descriptor = value
+                    elif event in (
                         zmq.EVENT_HANDSHAKE_FAILED_AUTH,
                         zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
                     ):
                         refusals = REFUSALS
                     elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                        refusals += 1
+                        refusals = 0 if value == errno.ECONNRESET else refusals + 1
+            if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
+                self._inflow.begin(self._descriptor)
+                return
             if refusals >= REFUSALS:
                 raise AuthenticationError(
                     f"{self.address} refuses this receiver: the sender has another secret, or "
@@ -118,6 +134,17 @@ class ReceiverChannel(Channel):
                     f"what listens on {self.address} has not answered as a sender after "
                     f"{time.monotonic() - begin:.1f} s"
                 )
+
+    def listened_to(self) -> bool:
+        """Whether something still listens where this end was connected: a sender to which too many
+        connect at once cuts the oldest connections. Waits for that for a second at most."""
+        try:
+            socket.create_connection((self.reached, self._port), LISTENED_TO_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            pass  # cut off again, or busy
+        return True
 
     def send(self, frame: bytes) -> None:
         """Hand a frame over to be sent.
@@ -135,8 +162,9 @@ class ReceiverChannel(Channel):
             except zmq.Again:
                 raise PeerLost(f"the sender at {self.address} takes no messages") from None
 
-    def wait(self, timeout_s: float, *, soon: bool = False) -> list[bytes]:
-        """Wait for frames or for the end of the connection (`lost`), for at most 50 ms.
+    def wait(self, timeout_s: float, *, soon: bool = False) -> None:
+        """Wait for frames, which `received` has then, or for the end of the connection (`lost`),
+        for at most 50 ms.
 
         Args:
             timeout_s: may be shorter, in seconds.
@@ -148,25 +176,32 @@ class ReceiverChannel(Channel):
                 readable, eventful = self._poll(timeout_s, soon=soon)
                 if eventful:
                     self._notice_loss()
-                elif not readable:
-                    return []
-            frames = self._last_words or self._take(BATCH)
-            self._last_words = []
-        return frames
+                if readable:
+                    self._take(BATCH)
+                if self._inflow.excessive(time.monotonic()):
+                    self._lose()
 
-    def _take(self, most: int) -> list[bytes]:
-        frames: list[bytes] = []
-        while len(frames) < most and self._socket.getsockopt(EVENTS) & READABLE:
-            if frame := self._socket.recv(NOW):
-                frames.append(frame)
-        return frames
+    def _take(self, most: int) -> None:
+        receive = self._socket.recv
+        for _ in range(most):
+            if not self._socket.getsockopt(EVENTS) & READABLE:
+                break
+            # One instruction of the interpreter's takes a frame from ZeroMQ and keeps it: whoever
+            # is interrupted before or after it loses none. pyzmq looks for signals inside.
+            self.received.extend(map(receive, _ONCE))
+            self._inflow.hear(self._descriptor)
 
     def _notice_loss(self) -> None:
-        if not self.lost and any(e == zmq.EVENT_DISCONNECTED for e, _ in self._events()):
+        if not self.lost and any(e == DISCONNECTED for e, _ in self._events()):
+            self._lose()
+
+    def _lose(self) -> None:
+        if not self.lost:
             self.lost = True
+            self._inflow.end(self._descriptor)
             # What came before the end, all of it: `disconnect` drops it. Without that ZeroMQ would
             # connect to whoever listens there next.
-            self._last_words += self._take(2 * BATCH)
+            self._take(3 * BATCH)
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.disconnect(self._endpoint)
 

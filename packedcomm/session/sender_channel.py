@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
+import struct
 import time
+from collections import deque
 from collections.abc import Collection
 
 import zmq
@@ -13,7 +17,8 @@ import zmq
 from packedcomm.communicators.listener import Listener
 from packedcomm.errors import ArgumentError, SessionStateError
 from packedcomm.session.authentication import Gate, Keys, check_secret
-from packedcomm.session.channel import BATCH, EVENTS, MORE, NOW, READABLE, Channel
+from packedcomm.session.channel import BATCH, DISCONNECTED, EVENTS, MORE, NOW, READABLE, Channel
+from packedcomm.session.event_watch import EventWatch
 from packedcomm.settings import Settings
 
 __all__ = ["SenderChannel"]
@@ -23,14 +28,34 @@ __all__ = ["SenderChannel"]
 SUSPECT_S = 1.0
 SUSPECT_PAUSE_S = 0.04
 
+# Where so much of the descriptors that this process may have is taken, fewer connections may wait.
+SCARCE = 0.5
+FEW_PENDING = 64
+
+# As plain numbers: see `channel.EVENTS`.
+ACCEPTED = int(zmq.EVENT_ACCEPTED)
+SOURCE = int(zmq.SRCFD)
+
+# The arguments of a single call.
+_ONCE, _NO_COPY = (NOW,), (False,)
+
+# Instead of what can't be a frame; no message begins so.
+_NO_FRAME = zmq.Frame(b"\xc1")
+
+# Closing then resets the connection.
+_RESET = struct.pack("ii", 1, 0)
+
 
 class SenderChannel(Channel):
     """The sender's end: listens on one address and talks to any number of receivers.
 
-    Every method takes the channel for at most 50 ms at a time and may be called from any thread.
+    Every method takes the channel for at most 50 ms at a time and may be called from any thread. A
+    thread of its own looks after new connections while nobody waits.
+
+    `received` has pairs of `zmq.Frame`: the peer's name, and a frame of its.
     """
 
-    _monitored = int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+    _monitored = ACCEPTED | DISCONNECTED
 
     def __init__(self, address: str, secret: str | None, settings: Settings) -> None:
         """Bind and listen.
@@ -43,12 +68,15 @@ class SenderChannel(Channel):
         Raises:
             ArgumentError: address or secret are malformed or don't go together.
             AddressInUse: another socket listens there.
+            TooManyOpenFiles: fewer descriptors are free than a channel needs.
         """
         self._half_sent = False
         self._suspect_until = 0.0
         self._next_question = 0.0
-        # Descriptors of connections that nothing has come from, and since when they are there.
-        self._pending: dict[int, float] = {}
+        # Descriptors of connections that nothing has come from, the oldest first.
+        self._pending: dict[int, None] = {}
+        # What comes next in `received`.
+        self._taken: deque[tuple[zmq.Frame, zmq.Frame]] = deque()
         listener = Listener.bind(address)
         try:
             check_secret(secret, [listener.host])
@@ -57,7 +85,11 @@ class SenderChannel(Channel):
             raise
         self.address = listener.address
         self._port = listener.port
-        super().__init__(zmq.ROUTER, settings)
+        try:
+            super().__init__(zmq.ROUTER, settings)
+        except BaseException:
+            listener.close()
+            raise
         if secret is not None:
             keys = Keys.of_sender(secret)
             self._socket.curve_server = True
@@ -71,6 +103,9 @@ class SenderChannel(Channel):
         # and listen on every interface for some spellings of an address.
         self._socket.setsockopt(zmq.USE_FD, listener.detach())
         self._socket.bind(f"tcp://{self.address}")
+        descriptor = self._monitor.getsockopt(zmq.FD)
+        self._watch = EventWatch(descriptor, self._look_at_connections, "packedcomm-connections")
+        self._held.endings.insert(0, self._watch.stop)
 
     def hang_up(self) -> None:
         """Send what is on its way, end every connection and stop listening. Idempotent."""
@@ -88,10 +123,9 @@ class SenderChannel(Channel):
             self._held.check()
             return self._try_to_send(peer, frame)
 
-    def wait(
-        self, timeout_s: float, peers: Collection[bytes], *, soon: bool = False
-    ) -> tuple[list[tuple[bytes, bytes]], set[bytes]]:
-        """Wait for frames or for the end of a connection, for at most 50 ms.
+    def wait(self, timeout_s: float, peers: Collection[bytes], *, soon: bool = False) -> set[bytes]:
+        """Wait for frames, which `received` has then, or for the end of a connection, for at most
+        50 ms.
 
         Args:
             timeout_s: may be shorter, in seconds.
@@ -99,65 +133,116 @@ class SenderChannel(Channel):
             soon: whether something is about to come.
 
         Returns:
-            The frames that came, with their peers; and which of `peers` have gone.
+            Which of `peers` have gone.
         """
         with self._lock:
             self._held.check()
+            if self.received:
+                timeout_s = 0.0
+            elif (now := time.monotonic()) < self._suspect_until:
+                timeout_s = min(timeout_s, max(0.0, self._next_question - now))
             readable, eventful = self._poll(timeout_s, soon=soon)
-            frames = self._take() if readable else []
-            gone = set()
+            if eventful:
+                # Before the frames, which end the count of their connections.
+                self._note_connections()
+            if readable or self._taken:
+                self._take()
             now = time.monotonic()
-            if eventful and self._note_connections(now):
-                # The event doesn't say whose connection it was.
-                self._suspect_until = now + SUSPECT_S
-                self._next_question = now
             if self._next_question <= now < self._suspect_until:
                 self._next_question = now + SUSPECT_PAUSE_S
                 gone = {peer for peer in list(peers) if not self._try_to_send(peer, b"")}
                 # What they said before they went.
-                frames += self._take()
-        return frames, gone
+                self._take()
+            else:
+                gone = set()
+            for descriptor in self._inflow.excessive(now):
+                _cut(descriptor, self._port, socket.SHUT_RDWR)
+        return gone
 
     @property
     def pending(self) -> int:
         """Connections that haven't said anything yet that this end would listen to."""
         return len(self._pending)
 
-    def _note_connections(self, now: float) -> bool:
-        """Keep count of connections; whether one has ended."""
-        ended = False
-        for event, descriptor in self._events():
-            if event == zmq.EVENT_ACCEPTED:
-                self._pending[descriptor] = now
-            elif event == zmq.EVENT_DISCONNECTED:
-                self._pending.pop(descriptor, None)
-                ended = True
-        while len(self._pending) > self.settings.max_pending_connections:
-            # The oldest: whoever has the secret is through with the handshake in milliseconds.
-            oldest = next(iter(self._pending))
-            del self._pending[oldest]
-            _cut(oldest, self._port)
-        return ended
+    def _look_at_connections(self) -> None:
+        """What the thread of its own does."""
+        with self._lock:
+            if not self._held.closed:
+                self._note_connections()
 
-    def _take(self) -> list[tuple[bytes, bytes]]:
-        frames: list[tuple[bytes, bytes]] = []
-        receive = self._socket.recv
-        while len(frames) < BATCH and self._socket.getsockopt(EVENTS) & READABLE:
-            peer = receive(NOW, copy=False)
-            part = receive(NOW, copy=False) if peer.more else peer
-            frame = part.bytes if part is not peer else b""
-            if self._pending:
+    def _note_connections(self) -> None:
+        """Keep count of connections, and cut the oldest of too many that have said nothing."""
+        highest = self._note_events()
+        most = self.settings.max_pending_connections
+        # The system gives the lowest number that is free.
+        if highest >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * SCARCE:
+            most = min(most, FEW_PENDING)
+        if len(self._pending) > most:
+            # Whoever has the secret is through with the handshake in milliseconds, and has spoken.
+            self._take()
+            while len(self._pending) > most:
+                oldest = next(iter(self._pending))
+                del self._pending[oldest]
+                _cut(oldest, self._port)
+
+    def _note_events(self) -> int:
+        """Keep count of connections; returns the highest descriptor of those that have come."""
+        highest = -1
+        for event, descriptor in self._events():
+            if event == ACCEPTED:
+                highest = max(highest, descriptor)
+                self._pending[descriptor] = None
+                self._inflow.begin(descriptor)
+            elif event == DISCONNECTED:
+                self._pending.pop(descriptor, None)
+                self._inflow.end(descriptor)
+                # It doesn't say whose connection it was.
+                self._next_question = time.monotonic()
+                self._suspect_until = self._next_question + SUSPECT_S
+        return highest
+
+    def _take(self) -> None:
+        receive, taken = self._socket.recv, self._taken
+        frames = []
+        while taken or (len(self.received) < BATCH and self._socket.getsockopt(EVENTS) & READABLE):
+            try:
+                if not taken:
+                    # One instruction of the interpreter's takes both from ZeroMQ and keeps them:
+                    # whoever is interrupted before or after it loses none. pyzmq looks for signals
+                    # inside.
+                    both = map(receive, _ONCE, _NO_COPY), map(receive, _ONCE, _NO_COPY)
+                    taken.extend(zip(*both, strict=False))
+                frames.append(self._checked())
+            except zmq.Again:
+                continue  # it was the rest of what an interrupt has lost
+            self.received.extend(map(deque.popleft, (taken,)))
+        if frames:
+            # Connections that are so new have come meanwhile.
+            self._note_events()
+            for frame in frames:
                 # A peer of an old version of the protocol, or whose bytes look like one, has none.
                 with contextlib.suppress(zmq.ZMQError):
-                    self._pending.pop(part.get(zmq.SRCFD), None)
+                    descriptor = frame.get(SOURCE)
+                    self._pending.pop(descriptor, None)
+                    self._inflow.hear(descriptor)
+
+    def _checked(self) -> zmq.Frame:
+        """See to it that what was taken is a peer's name and one frame; returns the frame."""
+        receive, taken = self._socket.recv, self._taken
+        name, frame = taken[0]
+        if not name.more:
+            # The rest of what an interrupt has lost, and the next name.
+            taken.clear()
+            name, frame = frame, receive(NOW, copy=False)
+            taken.append((name, frame))
+        if frame.more:
+            # Nothing of ours has several parts: dropped as they come, and the frame with them, by
+            # the codec.
+            taken[0] = (name, _NO_FRAME)
+            part = frame
             while part.more:
-                # Nothing of ours has several parts: dropped as they come, and the frame with them,
-                # by the codec.
                 part = receive(NOW, copy=False)
-                frame = b"\xc1"
-            if frame:
-                frames.append((peer.bytes, frame))
-        return frames
+        return frame
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:
         if self._half_sent:
@@ -182,9 +267,26 @@ class SenderChannel(Channel):
         return sent
 
 
-def _cut(descriptor: int, port: int) -> None:
-    """End a connection to a port of this process that ZeroMQ has the descriptor of."""
-    # ZeroMQ may close the descriptor at any moment, and the number come to mean another socket.
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        if connection.getsockname()[1] == port:
-            connection.shutdown(socket.SHUT_RDWR)
+def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> None:
+    """Reset a connection to a port of this process that ZeroMQ has the descriptor of. Its peer is
+    told apart so from one that is refused, and tries again. One that sends on and on is only ended
+    by `SHUT_RDWR`."""
+    with contextlib.suppress(OSError):
+        try:
+            # ZeroMQ may close the descriptor at any moment, and the number come to mean another
+            # socket.
+            own = os.dup(descriptor)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            own = descriptor
+        connection = socket.socket(fileno=own)
+        try:
+            if connection.getsockname()[1] == port:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                # ZeroMQ finds that it has ended, and closes it.
+                connection.shutdown(way)
+        finally:
+            connection.detach()
+            if own != descriptor:
+                os.close(own)

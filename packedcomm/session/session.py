@@ -52,6 +52,7 @@ class Session:
         Raises:
             ArgumentError: an argument is malformed or out of range.
             AddressInUse: another socket listens there.
+            TooManyOpenFiles: fewer descriptors are free than a session needs.
             CudaError: there is no such GPU.
         """
         if type(receivers) is not int or not 1 <= receivers <= MOST_RECEIVERS:
@@ -88,6 +89,7 @@ class Session:
             ConfigMismatch: the sender is on a GPU and this end on a CPU, or the other way round; or
                 heartbeats or caps on messages of the settings don't go together.
             VersionMismatch: versions of packedcomm or NCCL differ.
+            TooManyOpenFiles: fewer descriptors are free than a session needs.
             PeerLost: the sender ended meanwhile.
             NcclError: no usable NCCL library.
             ProtocolError: what listens there isn't a sender of packedcomm's.

@@ -7,9 +7,11 @@ import contextlib
 import threading
 import time
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
+import zmq
 
 from packedcomm import (
     FullWeightSender,
@@ -24,7 +26,8 @@ from packedcomm import (
     receivers,
     senders,
 )
-from packedcomm.session import dialogue
+from packedcomm.errors import DeadlineExceeded, PackedCommError, RemoteError
+from packedcomm.session import dialogue, receiver_channel
 from packedcomm.session import receiver as receiver_session
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.interrupts import Interrupt
@@ -205,5 +208,115 @@ def test_whoever_comes_when_the_sender_is_interrupted_is_taken_in(monkeypatch):
             with contextlib.suppress(KeyboardInterrupt):
                 session._pump(0.05)
         thread.join()
+        assert len(session.members) == 2
+        came[0].close()
+
+
+class _Losing:
+    """A socket whose `recv` is interrupted like pyzmq's own: what it had taken is lost."""
+
+    def __init__(self, socket, expected):
+        self._socket = socket
+        self._expected = expected
+        self.lost = None
+
+    def __getattr__(self, name):
+        return getattr(self._socket, name)
+
+    def __eq__(self, other):
+        # What a poller finds.
+        return other is self._socket
+
+    __hash__ = None
+
+    def recv(self, *arguments):
+        taken = self._socket.recv(*arguments)
+        said = bytes(taken.buffer) if isinstance(taken, zmq.Frame) else taken
+        if self.lost is None and self._expected in said:
+            self.lost = said
+            raise KeyboardInterrupt
+        return taken
+
+
+@pytest.mark.fault(20)
+def test_a_receiver_interrupted_between_any_two_instructions_loses_no_message():
+    functions = {"_take", "_read", "_first", "_drop_first", "wait"}
+    settings = replace(QUICK, heartbeat_interval_s=10.0)
+    live, sent = {"w": torch.zeros(4)}, {"w": torch.zeros(4)}
+    with sessions(1, settings) as (session, (end,)):
+        # Nobody but the thread that is interrupted takes what comes.
+        end._supervisor.stop(5)
+        receiver = WeightReceiver(TensorTarget(live), end)
+        sender = FullWeightSender(sent, session)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        interrupt = Interrupt((), 0)
+        spent, lasts = [], True
+
+        def receive():
+            while lasts:
+                interrupt.run(lambda: receiver.receive(0.05))
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        for number in range(1, 80):
+            interrupt = Interrupt((receiver_session, receiver_channel), number, functions)
+            begin = time.monotonic()
+            with contextlib.suppress(PackedCommError):
+                sender.sync()
+            spent.append((time.monotonic() - begin, interrupt.where))
+        lasts = False
+        thread.join()
+        assert max(spent, key=itemgetter(0))[0] < SOON_S, max(spent, key=itemgetter(0))
+
+
+@pytest.mark.fault(20)
+def test_a_message_lost_to_an_interrupt_inside_pyzmq_is_missed_within_a_beat():
+    settings = replace(QUICK, heartbeat_interval_s=0.2)
+    sent = {"w": torch.ones(4)}
+    with sessions(1, settings) as (session, (end,)):
+        end._supervisor.stop(5)
+        receiver = WeightReceiver(TensorTarget({"w": torch.zeros(4)}), end)
+        sender = FullWeightSender(sent, session)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        end._channel._socket = losing = _Losing(end._channel._socket, b"Offer")
+        raised, lasts = [], True
+
+        def receive():
+            while lasts:
+                try:
+                    receiver.receive(0.05)
+                except (PackedCommError, KeyboardInterrupt) as error:
+                    raised.append(error)
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(RemoteError, match="receiver rank 1: interrupted while it took"):
+            sender.sync()
+        assert losing.lost is not None
+        assert time.monotonic() - begin < SOON_S
+        assert sender.sync().version is not None
+        lasts = False
+        thread.join()
+        assert {type(error) for error in raised} <= {KeyboardInterrupt, DeadlineExceeded}
+
+
+@pytest.mark.fault(21)
+def test_a_receiver_says_again_what_the_sender_lost_to_an_interrupt():
+    settings = replace(QUICK, heartbeat_interval_s=0.2)
+    with sessions(1, settings) as (session, _):
+        session._supervisor.stop(5)
+        losing = session._channel._socket = _Losing(session._channel._socket, b"Hello")
+        came = []
+        thread = threading.Thread(
+            target=lambda: came.append(Session.connect(session.address, settings=settings))
+        )
+        thread.start()
+        deadline = time.monotonic() + 5
+        while not came and time.monotonic() < deadline:
+            with contextlib.suppress(KeyboardInterrupt):
+                session._pump(0.05)
+        thread.join()
+        assert losing.lost is not None
         assert len(session.members) == 2
         came[0].close()
