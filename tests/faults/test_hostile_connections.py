@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from packedcomm.session.frames import encode
 from packedcomm.session.messages import Commit, Offer, Staged
 from packedcomm.settings import Settings
 from tests.helpers.in_process import Round, sessions
-from tests.helpers.peers import Receiving, in_place, training
+from tests.helpers.peers import PATIENT, Receiving, in_place, training
 from tests.helpers.proxies import Proxy
 from tests.helpers.sessions import DIGEST
 
@@ -57,7 +58,7 @@ SAYINGS = [
 
 @pytest.mark.fault(29, 30)
 def test_a_thousand_strangers_during_a_sync_change_nothing_and_keep_no_descriptors():
-    with training(2) as group:
+    with training(2, settings=replace(PATIENT, max_pending_connections=64)) as group:
         channel = group.session._channel
         before = descriptors()
         held: list[socket.socket] = []
