@@ -38,6 +38,9 @@ class Inflow:
         self._heard: set[int] = set()
         self._next = 0.0
 
+    def __contains__(self, descriptor: int) -> bool:
+        return descriptor in self._since
+
     def begin(self, descriptor: int) -> None:
         """A connection has come."""
         self._since[descriptor] = 0

@@ -265,12 +265,15 @@ class ReceiverSession(SessionEnd):
     def _first(self) -> _Received | None:
         """The first of these."""
         received = self._channel.received
-        with contextlib.suppress(IndexError):
-            while received:
-                if type(first := received[0]) is tuple:
-                    return first
-                # Another thread is about to read it, or whoever was has been interrupted.
-                self._pump(0.0)
+        while received:
+            try:
+                first = received[0]
+            except IndexError:
+                return None  # it was a beat
+            if type(first) is tuple:
+                return first
+            # Another thread is about to read it, or whoever was has been interrupted.
+            self._pump(0.0)
         return None
 
     def _drop_first(self) -> None:

@@ -35,6 +35,7 @@ FEW_PENDING = 64
 # As plain numbers: see `channel.EVENTS`.
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
 SOURCE = int(zmq.SRCFD)
+NOWHERE = -1
 
 # The arguments of a single call.
 _ONCE, _NO_COPY = (NOW,), (False,)
@@ -203,7 +204,7 @@ class SenderChannel(Channel):
 
     def _take(self) -> None:
         receive, taken = self._socket.recv, self._taken
-        frames = []
+        sources = []
         while taken or (len(self.received) < BATCH and self._socket.getsockopt(EVENTS) & READABLE):
             try:
                 if not taken:
@@ -212,22 +213,20 @@ class SenderChannel(Channel):
                     # inside.
                     both = map(receive, _ONCE, _NO_COPY), map(receive, _ONCE, _NO_COPY)
                     taken.extend(zip(*both, strict=False))
-                frames.append(self._checked())
+                sources.append(self._checked())
             except zmq.Again:
                 continue  # it was the rest of what an interrupt has lost
             self.received.extend(map(deque.popleft, (taken,)))
-        if frames:
-            # Connections that are so new have come meanwhile.
+        if any(source not in self._inflow for source in sources):
+            # A connection that is so new has come meanwhile.
             self._note_events()
-            for frame in frames:
-                # A peer of an old version of the protocol, or whose bytes look like one, has none.
-                with contextlib.suppress(zmq.ZMQError):
-                    descriptor = frame.get(SOURCE)
-                    self._pending.pop(descriptor, None)
-                    self._inflow.hear(descriptor)
+        for source in sources:
+            self._pending.pop(source, None)
+            self._inflow.hear(source)
 
-    def _checked(self) -> zmq.Frame:
-        """See to it that what was taken is a peer's name and one frame; returns the frame."""
+    def _checked(self) -> int:
+        """See to it that what was taken is a peer's name and one frame; returns the descriptor that
+        it came from."""
         receive, taken = self._socket.recv, self._taken
         name, frame = taken[0]
         if not name.more:
@@ -242,7 +241,10 @@ class SenderChannel(Channel):
             part = frame
             while part.more:
                 part = receive(NOW, copy=False)
-        return frame
+        # A peer of an old version of the protocol, or whose bytes look like one, has none.
+        with contextlib.suppress(zmq.ZMQError):
+            return int(frame.get(SOURCE))
+        return NOWHERE
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:
         if self._half_sent:

@@ -229,8 +229,8 @@ class _Losing:
 
     __hash__ = None
 
-    def recv(self, *arguments):
-        taken = self._socket.recv(*arguments)
+    def recv(self, *arguments, **options):
+        taken = self._socket.recv(*arguments, **options)
         said = bytes(taken.buffer) if isinstance(taken, zmq.Frame) else taken
         if self.lost is None and self._expected in said:
             self.lost = said
