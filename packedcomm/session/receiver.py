@@ -276,10 +276,6 @@ class ReceiverSession(SessionEnd):
             self._pump(0.0)
         return None
 
-    def _drop_first(self) -> None:
-        with self._pumping:
-            self._channel.received.popleft()
-
     def _take(self, timeout_s: float, *, soon: bool = False) -> None:
         self._channel.wait(timeout_s, soon=soon)
         received = self._channel.received

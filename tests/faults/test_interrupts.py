@@ -27,7 +27,7 @@ from packedcomm import (
     senders,
 )
 from packedcomm.errors import DeadlineExceeded, PackedCommError, RemoteError
-from packedcomm.session import dialogue, receiver_channel
+from packedcomm.session import base, dialogue, receiver_channel
 from packedcomm.session import receiver as receiver_session
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.interrupts import Interrupt
@@ -240,7 +240,7 @@ class _Losing:
 
 @pytest.mark.fault(20)
 def test_a_receiver_interrupted_between_any_two_instructions_loses_no_message():
-    functions = {"_take", "_read", "_first", "_drop_first", "wait"}
+    functions = {"_take", "_read", "_first", "_drop_first", "wait", "poll"}
     settings = replace(QUICK, heartbeat_interval_s=10.0)
     live, sent = {"w": torch.zeros(4)}, {"w": torch.zeros(4)}
     with sessions(1, settings) as (session, (end,)):
@@ -259,7 +259,7 @@ def test_a_receiver_interrupted_between_any_two_instructions_loses_no_message():
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
         for number in range(1, 80):
-            interrupt = Interrupt((receiver_session, receiver_channel), number, functions)
+            interrupt = Interrupt((base, receiver_session, receiver_channel), number, functions)
             begin = time.monotonic()
             with contextlib.suppress(PackedCommError):
                 sender.sync()
