@@ -6,11 +6,12 @@ import contextlib
 import os
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
 from packedcomm.session.channel import HANDSHAKE_MS
-from tests.helpers.peers import Outcome, Peer, eventually, training
+from tests.helpers.peers import PATIENT, Outcome, Peer, eventually, training
 
 STRANGERS = 600
 
@@ -54,8 +55,8 @@ def _is_open(stranger):
 
 @pytest.mark.fault(29)
 def test_a_crowd_that_comes_one_by_one_in_a_sync_keeps_few_descriptors_and_the_sync_goes_on():
-    with training(2) as group:
-        limit = group.session.settings.max_pending_connections
+    limit = 32
+    with training(2, settings=replace(PATIENT, max_pending_connections=limit)) as group:
         before = _descriptors()
         crowd = []
 
