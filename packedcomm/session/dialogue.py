@@ -1,4 +1,4 @@
-"""What a sender says to its receivers and hears from them."""
+"""What a sender says to its receivers, and what they answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Container, Sequence
-from typing import Any, ClassVar
 
 import torch
 
@@ -19,10 +18,10 @@ from packedcomm.errors import (
     ProtocolError,
     text_of,
 )
-from packedcomm.session.base import SessionEnd
-from packedcomm.session.frames import decode, encode
-from packedcomm.session.members import Member, Members
-from packedcomm.session.messages import Beat, Cancel, Failure, Hello, Message, Refused
+from packedcomm.session.frames import encode
+from packedcomm.session.hearing import Hearing
+from packedcomm.session.members import Member
+from packedcomm.session.messages import Beat, Cancel, Failure, Message
 from packedcomm.session.phases import Phase, deadline_after
 from packedcomm.session.remote_errors import combined, described, remote_error
 from packedcomm.session.sender_channel import SenderChannel
@@ -36,11 +35,8 @@ __all__ = ["Dialogue"]
 # or for this end's word.
 _CUT_SHORT_S = 0.2
 
-# Beats that a peer has missed when a deadline passes, if it is to be the reason.
-MISSED_BEATS = 2
 
-
-class Dialogue(SessionEnd):
+class Dialogue(Hearing):
     """The sender's end of a session, as far as it is about messages.
 
     Args:
@@ -48,16 +44,9 @@ class Dialogue(SessionEnd):
         settings, device: as for `SessionEnd`.
     """
 
-    _role: ClassVar[str] = "the sender"
-
     def __init__(self, channel: SenderChannel, settings: Settings, device: torch.device) -> None:
-        super().__init__(settings, device)
-        self._channel: SenderChannel = channel
-        self.address = channel.address
-        self.members = Members()
-        # Of the last message sent, and of the last `Cancel`: an answer to an earlier question and a
-        # failure from before a `Cancel` are of no interest any more.
-        self._number = 0
+        super().__init__(channel, settings, device)
+        # Of the last `Cancel`: a failure from before it is of no interest any more.
         self._cancelled = 0
         # What a sync that waits for receivers to come is to raise.
         self._given_up: PackedCommError | None = None
@@ -71,10 +60,6 @@ class Dialogue(SessionEnd):
     @abc.abstractmethod
     def _first_wait(self) -> None:
         """Wait for the receivers if none has a place yet."""
-
-    @abc.abstractmethod
-    def _take_in(self, peer: bytes, hello: Message) -> None:
-        """Admit a receiver that has just come, or tell it why not."""
 
     def ask(
         self,
@@ -300,51 +285,6 @@ class Dialogue(SessionEnd):
                 f"{member.hello.max_frame_bytes:,}, of the sender {self.settings.max_frame_bytes:,}"
             )
 
-    def _take(self, timeout_s: float, *, soon: bool = False) -> None:
-        gone = self._channel.wait(timeout_s, self.members.peers, soon=soon)
-        # Whoever is interrupted from here on leaves what it hasn't sorted to the next one.
-        received = self._channel.received
-        while received:
-            try:
-                peer, frame = received[0]
-                if len(frame):
-                    self._sort(peer.bytes, frame.bytes)
-            except Exception:
-                received.popleft()
-                raise
-            received.popleft()
-        for peer in gone:
-            if (member := self.members.get(peer)) is not None:
-                member.disconnect(self._during())
-
-    def _sort(self, peer: bytes, frame: bytes) -> None:
-        """Act on what a peer has said, or keep it for whoever waits for it."""
-        member = self.members.get(peer)
-        try:
-            number, message = decode(frame, self.settings)
-            if not message.from_receiver:
-                raise ProtocolError(f"{type(message).__name__} is not for receivers to say")
-            if member is None:
-                self._take_in(peer, message)
-                return
-            if isinstance(message, Hello):
-                if message == member.hello:
-                    return  # whoever took it in was interrupted
-                raise ProtocolError("Hello was said before")
-        except ProtocolError as error:
-            if member is None:
-                self._refuse(peer, error)
-                return
-            number = self._number
-            message = Failure(*described(error, self.settings.max_frame_bytes))
-        member.hear(number, message)
-
-    def _refuse(self, peer: bytes, error: BaseException) -> None:
-        """Tell a peer why the session has no place for it. Never raises."""
-        kind, text, _ = described(error, self.settings.max_frame_bytes)
-        with contextlib.suppress(PackedCommError):
-            self._channel.send(peer, encode(Refused(kind, text), 0, self.settings))
-
     def _answer(
         self, member: Member, expect: type[Message] | tuple[type[Message], ...], what: str
     ) -> Message | PackedCommError | None:
@@ -361,18 +301,6 @@ class Dialogue(SessionEnd):
                     f"{member.name} has answered {what} with {type(message).__name__}"
                 )
         return member.lost
-
-    def _during(self) -> str:
-        return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
-
-    def _check_silence(self) -> None:
-        for member in self.members.present:
-            member.check_silence(self.settings.heartbeat_timeout_s, self._during())
-
-    def _give_more_time(self, seconds: float) -> None:
-        now = time.monotonic()
-        for member in self.members:
-            member.heard = min(member.heard + seconds, now)
 
     def _say_to_all(self, message: Message) -> None:
         with contextlib.suppress(PackedCommError):
@@ -395,26 +323,6 @@ class Dialogue(SessionEnd):
                 # What moves has moved, whatever the session's own thread does meanwhile.
                 self._cancel(error, untouched=False)
             return interrupted
-
-    def _give_up_silent_peers(self, error: PackedCommError) -> None:
-        for member in self._silent():
-            member.give_up(error)
-
-    def _silent(self) -> list[Member]:
-        """Those with a place that have missed several beats."""
-        late = self.settings.heartbeat_interval_s * MISSED_BEATS
-        return [m for m in self.members.connected if m.silence_s > late]
-
-    def _peers(self) -> list[dict[str, Any]]:
-        return [member.as_dict() for member in self.members]
-
-    def _waited_for(self) -> list[dict[str, Any]]:
-        """Receivers that are gone or silent, else those that haven't finished."""
-        members = self.members.connected
-        silent = self._silent()
-        suspects = [m for m in members if m.lost is not None or m in silent]
-        late = suspects or [m for m in members if m.awaited and not m.inbox]
-        return [m.as_dict() for m in late]
 
 
 def _name(message: Message | Sequence[Message]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, ClassVar
 
 import torch
 
@@ -16,13 +15,12 @@ from packedcomm.errors import (
     PackedCommError,
     PeerLost,
     ProtocolError,
-    RemoteError,
     RendezvousTimeout,
     SessionStateError,
 )
 from packedcomm.session import agreement
-from packedcomm.session.base import SessionEnd
-from packedcomm.session.frames import decode, encode
+from packedcomm.session.frames import encode
+from packedcomm.session.inbox import Inbox
 from packedcomm.session.messages import (
     Assemble,
     Beat,
@@ -44,46 +42,31 @@ from packedcomm.session.messages import (
 from packedcomm.session.phases import deadline_after
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.remote_errors import described, remote_error
-from packedcomm.session.states import AT_REST, SyncState
+from packedcomm.session.states import AT_REST
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
 
-# A message's number and the message, or what came instead of one.
-_Received = tuple[int, Message | ProtocolError]
-
 _ANSWERED = (Assemble, Offer, NoChange, Commit)
 
 
-class ReceiverSession(SessionEnd):
+class ReceiverSession(Inbox):
     """A receiver's end of a session; a context manager. Make one with `Session.connect`.
 
     Belongs to one thread at a time; `abort`, `failure` and `state` are for any.
     """
 
-    _role: ClassVar[str] = "the receiver"
-
     def __init__(
         self, address: str, secret: str | None, device: torch.device, settings: Settings
     ) -> None:
         """Use `Session.connect`."""
-        super().__init__(settings, device)
+        super().__init__(address, settings, device)
         self._closed = True
         hello = agreement.own_hello(device, settings)
         deadline = deadline_after(settings.connect_timeout_s)
-        self.address = address
         self.rank, self.world_size = 0, 0
-        self._number = 0
-        # The highest number of what has come.
-        self._come = 0
         self._owes = False
-        self._left: str | None = None
-        self._heard = time.monotonic()
-        # When it was last said that nothing is heard.
-        self._complained = self._heard
-        self._sender_state = SyncState.IDLE
-        self._sender_waits_for = ""
-        self._channel: ReceiverChannel = ReceiverChannel(address, secret, settings, deadline)
+        self._channel = ReceiverChannel(address, secret, settings, deadline)
         while (welcome := self._introduce(hello, deadline)) is None:
             self._channel = ReceiverChannel(address, secret, settings, deadline)
         self.epoch = welcome.epoch
@@ -242,106 +225,10 @@ class ReceiverSession(SessionEnd):
         cancels = (m for _, m in self._inbox if isinstance(m, Cancel))
         return next((m.untouched for m in cancels), False)
 
-    def _silent(self) -> DeadlineExceeded | None:
-        """Said once in so long a silence, so that who asks again has to wait again."""
-        # As of the last look: who was asleep since then hasn't listened.
-        looked = self._last_look
-        if looked - max(self._heard, self._complained) <= self.settings.heartbeat_timeout_s:
-            return None
-        silence = looked - self._heard
-        return DeadlineExceeded(
-            f"{self._whom()} has been silent for {silence:.1f} s{self._during()}: its process is "
-            "stopped or hangs"
-        )
-
-    def _during(self) -> str:
-        return f", in chunk {self.chunk}" if self.state is SyncState.MOVING else ""
-
-    @property
-    def _inbox(self) -> list[_Received]:
-        """Messages that nobody has taken yet, and what came instead of one."""
-        return [item for item in list(self._channel.received) if type(item) is tuple]
-
-    def _first(self) -> _Received | None:
-        """The first of these."""
-        received = self._channel.received
-        while received:
-            try:
-                first = received[0]
-            except IndexError:
-                return None  # it was a beat
-            if type(first) is tuple:
-                return first
-            # Another thread is about to read it, or whoever was has been interrupted.
-            self._pump(0.0)
-        return None
-
-    def _take(self, timeout_s: float, *, soon: bool = False) -> None:
-        self._channel.wait(timeout_s, soon=soon)
-        received = self._channel.received
-        # Each frame is read where it is: whoever is interrupted leaves it to the next one. Others
-        # only put more at the end.
-        index = 0
-        while index < len(received):
-            if type(received[index]) is not bytes:
-                index += 1
-            elif (read := self._read(received[index])) is not None:
-                received[index] = read
-            else:
-                del received[index]
-
-    def _read(self, frame: bytes) -> _Received | None:
-        """The message of a frame, or what is wrong with it; None if nobody has to take it."""
-        if not frame:
-            return None
-        self._heard = time.monotonic()
-        try:
-            number, message = decode(frame, self.settings)
-            if not message.from_sender:
-                raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
-        except ProtocolError as error:
-            return self._number, error
-        if isinstance(message, Beat):
-            self._sender_state = SyncState(message.state)
-            self._sender_waits_for = message.waits_for
-            self._report_lost(number)
-            return None
-        self._come = max(self._come, number)
-        # Said again where the sender was interrupted.
-        return None if self.epoch and isinstance(message, Welcome) else (number, message)
-
-    def _report_lost(self, said: int) -> None:
-        """Tell the sender if something that it says it has said never came: a signal's handler has
-        raised inside pyzmq, while that was being taken from ZeroMQ. It waits for the answer."""
-        if said > self._come:
-            error = RemoteError("interrupted while it took a message, which is lost")
-            failure = Failure(*described(error, self.settings.max_frame_bytes))
-            with contextlib.suppress(PackedCommError):
-                self._channel.send(encode(failure, said, self.settings))
-            self._come = said
-
-    def _give_more_time(self, seconds: float) -> None:
-        self._heard = min(self._heard + seconds, time.monotonic())
-
     def _say_to_all(self, message: Message) -> None:
         with contextlib.suppress(PackedCommError):
             number = 0 if isinstance(message, Beat) else self._number
             self._channel.send(encode(message, number, self.settings))
-
-    def _peers(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "rank": 0,
-                "name": self._whom(),
-                "state": str(self._sender_state),
-                "waits_for": self._sender_waits_for,
-                "silent_s": round(time.monotonic() - self._heard, 3),
-                "lost": self._left or ("the connection has ended" if self._channel.lost else None),
-            }
-        ]
-
-    def _waited_for(self) -> list[dict[str, Any]]:
-        return [] if self.state is SyncState.AGREED else self._peers()
 
     def _introduce(self, hello: Hello, deadline: float) -> Welcome | None:
         """Say what this end is, and wait for the answer. None if the connection was cut before that
@@ -450,6 +337,3 @@ class ReceiverSession(SessionEnd):
             settings=self.settings,
             check=self._check_failure,
         )
-
-    def _whom(self) -> str:
-        return f"the sender at {self.address}"
