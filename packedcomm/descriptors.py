@@ -9,12 +9,13 @@ import contextlib
 import errno
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 
 from packedcomm.errors import TooManyOpenFiles
 
-__all__ = ["check_descriptors", "naming_the_limit"]
+__all__ = ["check_descriptors", "most_descriptors", "naming_the_limit"]
 
 # How long some are waited for: those of connections that are just being cut off come free.
 PATIENCE_S = 1.0
@@ -59,7 +60,7 @@ def naming_the_limit(what: str) -> Iterator[None]:
 
 
 def _free() -> int:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = most_descriptors()
     try:
         taken = os.listdir("/proc/self/fd")  # noqa: PTH208  (Path.iterdir would stat each)
     except OSError as error:
@@ -70,6 +71,12 @@ def _free() -> int:
     return limit - sum(int(name) < limit for name in taken)
 
 
-def _limit() -> str:
+def most_descriptors() -> int:
+    """How many this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"of the {limit:,} that this process may have (RLIMIT_NOFILE, ulimit -n) are free"
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _limit() -> str:
+    most = most_descriptors()
+    return f"of the {most:,} that this process may have (RLIMIT_NOFILE, ulimit -n) are free"

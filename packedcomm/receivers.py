@@ -106,13 +106,14 @@ class WeightReceiver:
             PeerLost, NcclError, CapacityError, ...: the transfer failed. The session goes on unless
                 it was the sender that was lost (`session.lasts`).
             ContextLost: this process must restart.
-            SessionStateError: the receiver is closed, or runs in a thread.
+            SessionStateError: the receiver is closed, or runs in a thread; or another thread uses
+                the session.
         """
-        if self._thread is not None:
-            raise SessionStateError("receive: a thread of this receiver is receiving already")
         if self._end is SyncState.CLOSED:
             raise SessionStateError("receive: the receiver is closed")
-        with self._answering():
+        if self._thread is not None:
+            raise SessionStateError("receive: a thread of this receiver is receiving already")
+        with self.session.exclusive("receive"), self._answering():
             message = self._next(timeout_s, since)
             if message is None:
                 raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")
@@ -168,8 +169,10 @@ class WeightReceiver:
             SessionStateError: it was started already, or is closed.
         """
         with self._lock:
-            if self._thread is not None or self._end is not None:
-                raise SessionStateError(f"start: the receiver is {self._end} or was started")
+            if self._end is not None:
+                raise SessionStateError(f"start: the receiver is {self._end}")
+            if self._thread is not None:
+                raise SessionStateError("start: the receiver was started already")
             self._thread = threading.Thread(
                 target=self._run, args=(on_update,), name="packedcomm-receiver", daemon=True
             )
@@ -241,7 +244,7 @@ class WeightReceiver:
         """Wait a little for a message and act on it; whether the thread goes on. A sync that fails
         doesn't end it while the session lasts."""
         try:
-            with self._answering():
+            with self.session.exclusive("receive"), self._answering():
                 message = self._next(_LOOK_S)
                 if message is None:
                     return True

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -15,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from packedcomm.communicators.listener import Address, Listener
 from packedcomm.descriptors import naming_the_limit
 from packedcomm.errors import TooManyOpenFiles
+from packedcomm.threads import Thread
 
 __all__ = ["BoundedStore", "wait_for_server"]
 
@@ -60,7 +62,8 @@ class BoundedStore:
         self._store: TCPStore | None = None
         self._deadline = deadline
         self._hung = False
-        self._thread = threading.Thread(target=self._run, name="packedcomm-store", daemon=True)
+        let_end = partial(self._calls.put, None)
+        self._thread = Thread(self._run, "packedcomm-store", let_end=let_end)
         self._thread.start()
 
         def open_here() -> None:

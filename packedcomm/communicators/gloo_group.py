@@ -21,6 +21,7 @@ from packedcomm.communicators.peer_sockets import (
 from packedcomm.communicators.rendezvous import Rendezvous
 from packedcomm.descriptors import naming_the_limit
 from packedcomm.errors import ArgumentError, PackedCommError, PeerLost
+from packedcomm.threads import Thread
 
 __all__ = ["connect_gloo"]
 
@@ -71,7 +72,7 @@ def connect_gloo(
             listening,
             rank,
             world_size,
-            publish=lambda name, data: rendezvous.store.set_once(f"{name}/{rank}", data),
+            publish=lambda name, data: rendezvous.publish(f"{name}/{rank}", data),
             published=lambda name, other: rendezvous.wait_for(f"{name}/{other}"),
         )
         rendezvous.finish()
@@ -114,7 +115,7 @@ def _connect(rendezvous: Rendezvous, device: Any) -> Any:
         except BaseException as error:  # noqa: BLE001  (raised again on the caller's thread)
             errors.append(error)
 
-    thread = threading.Thread(target=construct, name="packedcomm-gloo-connect", daemon=True)
+    thread = Thread(construct, "packedcomm-gloo-connect", let_end=store.detach)
     thread.start()
     try:
         while thread.is_alive():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import queue
 import threading
@@ -11,10 +10,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed import AllreduceOptions
+
+from packedcomm.threads import Thread
 
 __all__ = ["Batch", "Transfer", "TransferThread", "broadcast_tree"]
 
@@ -147,24 +149,6 @@ class Batch:
                 transfer.wait_out()
 
 
-# Threads that haven't ended, and what lets them. A daemon thread that is still inside torch when
-# the interpreter ends takes the whole process down, so they are waited for before: also the one of
-# a communicator that was forgotten a moment ago.
-_RUNNING: dict[threading.Thread, queue.SimpleQueue[Batch | None]] = {}
-
-AT_EXIT_S = 1.0
-
-
-def _stop_all() -> None:
-    for batches in list(_RUNNING.values()):
-        batches.put(None)
-    for thread in list(_RUNNING):
-        thread.join(AT_EXIT_S)
-
-
-atexit.register(_stop_all)
-
-
 class TransferThread:
     """One daemon thread that runs batches in order.
 
@@ -183,13 +167,10 @@ class TransferThread:
         self._timeout = timedelta(seconds=timeout_s + GLOO_SLACK_S)
         self._group = weakref.ref(group)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._run, args=(group,), name="packedcomm-gloo", daemon=True
-        )
-        for ended in [thread for thread in list(_RUNNING) if not thread.is_alive()]:
-            _RUNNING.pop(ended, None)
+        # Also the thread of a communicator that was forgotten is waited for at the end.
+        let_end = partial(self._batches.put, None)
+        self._thread = Thread(self._run, "packedcomm-gloo", (group,), let_end=let_end)
         self._thread.start()
-        _RUNNING[self._thread] = self._batches
 
     def start(self, transfers: Sequence[Transfer]) -> Batch:
         """Start transfers together."""

@@ -254,11 +254,17 @@ class Rendezvous:
     def wait_for(self, key: str) -> bytes:
         """A key's value, once a rank has set it. Raises as `check`."""
         pause = POLL_S[0]
-        while (value := self.store.get(key)) is None:
-            self.check()
-            time.sleep(pause)
-            pause = min(pause * 1.5, POLL_S[1])
+        with self._rank0_may_be_lost():
+            while (value := self.store.get(key)) is None:
+                self.check()
+                time.sleep(pause)
+                pause = min(pause * 1.5, POLL_S[1])
         return value
+
+    def publish(self, key: str, value: bytes) -> None:
+        """Set a key that nobody else sets. Raises as `check`."""
+        with self._rank0_may_be_lost():
+            self.store.set_once(key, value)
 
     def _missing(self) -> list[int]:
         ranks = range(self.world_size)

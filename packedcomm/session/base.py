@@ -7,6 +7,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,8 @@ class SessionEnd(Ending):
         self._transport: Transport | None = None
         # Held by whichever thread takes what has come, so that the order of messages is kept.
         self._pumping = threading.Lock()
+        # Which thread is in the middle of which operation.
+        self._users: dict[str, tuple[threading.Thread, str]] = {}
         self._last_look = time.monotonic()
         self._next_beat = 0.0
 
@@ -129,6 +133,26 @@ class SessionEnd(Ending):
 
     def _check_silence(self) -> None:
         """Give up peers that haven't been heard for too long; a receiver looks when it waits."""
+
+    @contextmanager
+    def exclusive(self, operation: str) -> Iterator[None]:
+        """Have the session for one operation. Calls within it, of the same thread, are its own.
+
+        Raises:
+            SessionStateError: another thread is in the middle of one.
+        """
+        mine = (threading.current_thread(), operation)
+        # One instruction, so that only one thread has it.
+        thread, other = self._users.setdefault("session", mine)
+        if thread is not mine[0] and thread.is_alive():
+            raise SessionStateError(
+                f"{operation} on {self._role}: thread {thread.name!r} is in the middle of {other}: "
+                "a session belongs to one thread at a time"
+            )
+        try:
+            yield
+        finally:
+            self._users.pop("session", None)
 
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:

@@ -22,6 +22,7 @@ from packedcomm.errors import SessionStateError
 from packedcomm.session.event_watch import EventWatch
 from packedcomm.session.inflow import Inflow
 from packedcomm.settings import Settings
+from packedcomm.threads import Thread
 
 __all__ = ["BATCH", "DISCONNECTED", "EVENTS", "MORE", "NOW", "READABLE", "Channel"]
 
@@ -190,7 +191,7 @@ class Channel:
             return
         # A thread of its own isn't interrupted half-way. It waits for the end of whatever call has
         # the channel, since nothing is taken away under ZeroMQ; the interpreter's end waits for it.
-        thread = threading.Thread(target=self._release, name="packedcomm-release")
+        thread = Thread(self._release, "packedcomm-release", daemon=False)
         try:
             thread.start()
         except RuntimeError:
@@ -226,4 +227,4 @@ class Channel:
 def _release_aside(held: _Held) -> None:
     """Release what a forgotten channel had, on a thread of its own: whichever has just collected
     garbage can't wait, and may be one that is to end."""
-    threading.Thread(target=held.release, name="packedcomm-release", daemon=True).start()
+    Thread(held.release, "packedcomm-release").start()

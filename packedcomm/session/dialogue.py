@@ -157,7 +157,7 @@ class Dialogue(Hearing):
             if remaining <= 0:
                 for member in waiting:
                     late = DeadlineExceeded(
-                        f"{member.name}: no answer to {what} within {seconds:.3g} s"
+                        f"{member.name}: no answer to {what} within {seconds:.3g} s{_why(what)}"
                     )
                     failures[member.rank] = late
                     self._give_up_silent_peers(late)
@@ -323,6 +323,13 @@ class Dialogue(Hearing):
                 # What moves has moved, whatever the session's own thread does meanwhile.
                 self._cancel(error, untouched=False)
             return interrupted
+
+
+def _why(what: str) -> str:
+    """What is the reason mostly, where whoever is asked need not be in the middle of anything."""
+    if what != "Assemble":
+        return ""
+    return ": it has connected to the session, but is it told to receive?"
 
 
 def _name(message: Message | Sequence[Message]) -> str:

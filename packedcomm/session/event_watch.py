@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from packedcomm.threads import Thread
+
 __all__ = ["EventWatch"]
 
 logger = logging.getLogger("packedcomm")
@@ -22,12 +24,13 @@ class EventWatch:
     It holds the object weakly: one that is forgotten is not kept alive.
     """
 
-    def __init__(self, descriptor: int, look: Callable[[], object], name: str) -> None:
+    def __init__(self, descriptor: int, look: Callable[[], bool], name: str) -> None:
         """Start the thread.
 
         Args:
             descriptor: what ZeroMQ gives as `ZMQ_FD`. It is duplicated: ZeroMQ may close its own.
-            look: a bound method that takes whatever the socket has. What it raises is logged.
+            look: a bound method that takes whatever the socket has, and says whether to go on. What
+                it raises is logged.
             name: of the thread.
         """
         self._look: weakref.WeakMethod[Any] = weakref.WeakMethod(look)
@@ -39,8 +42,12 @@ class EventWatch:
             os.close(self._descriptor)
             raise
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = Thread(self._run, name)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._close()
+            raise
 
     def _run(self) -> None:
         poller = select.poll()
@@ -52,17 +59,21 @@ class EventWatch:
                 if (look := self._look()) is None:
                     return
                 try:
-                    look()
+                    if not look():
+                        return
                 except Exception:
                     logger.exception("watching the connections of a session failed")
                 del look
                 if any(descriptor == self._stopped for descriptor, _ in poller.poll()):
                     return
         finally:
-            with self._lock:
-                self._ended = True
-                os.close(self._descriptor)
-                os.close(self._stopped)
+            self._close()
+
+    def _close(self) -> None:
+        with self._lock:
+            self._ended = True
+            os.close(self._descriptor)
+            os.close(self._stopped)
 
     def stop(self) -> None:
         """End the thread soon. Idempotent; any thread."""

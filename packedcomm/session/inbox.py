@@ -40,6 +40,8 @@ class Inbox(SessionEnd):
         # Of the message that was taken last, and the highest of what has come.
         self._number = 0
         self._come = 0
+        # Whether something has come that can't be read.
+        self._unread = False
         # Why the sender has ended the session here.
         self._left: str | None = None
         self._heard = time.monotonic()
@@ -91,6 +93,8 @@ class Inbox(SessionEnd):
             if not message.from_sender:
                 raise ProtocolError(f"{self._whom()} has sent {type(message).__name__}")
         except ProtocolError as error:
+            # Nor can its number: what the sender says it has said isn't missed for that.
+            self._unread = True
             return self._number, error
         if isinstance(message, Beat):
             self._sender_state = SyncState(message.state)
@@ -104,12 +108,15 @@ class Inbox(SessionEnd):
     def _report_lost(self, said: int) -> None:
         """Tell the sender if something that it says it has said never came: a signal's handler has
         raised inside pyzmq, while that was being taken from ZeroMQ. It waits for the answer."""
-        if said > self._come:
+        if said <= self._come:
+            return
+        if not self._unread:
             error = RemoteError("interrupted while it took a message, which is lost")
             failure = Failure(*described(error, self.settings.max_frame_bytes))
             with contextlib.suppress(PackedCommError):
                 self._channel.send(encode(failure, said, self.settings))
-            self._come = said
+        self._come = said
+        self._unread = False
 
     def _give_more_time(self, seconds: float) -> None:
         self._heard = min(self._heard + seconds, time.monotonic())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 import torch
 
@@ -47,6 +51,10 @@ from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
 
+# Between two attempts to connect to a sender that cuts connections off.
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 1.0
+
 _ANSWERED = (Assemble, Offer, NoChange, Commit)
 
 
@@ -66,9 +74,9 @@ class ReceiverSession(Inbox):
         deadline = deadline_after(settings.connect_timeout_s)
         self.rank, self.world_size = 0, 0
         self._owes = False
-        self._channel = ReceiverChannel(address, secret, settings, deadline)
-        while (welcome := self._introduce(hello, deadline)) is None:
-            self._channel = ReceiverChannel(address, secret, settings, deadline)
+        connect = partial(ReceiverChannel, address, secret, settings, deadline)
+        self._channel = connect()
+        welcome = self._introduce(hello, deadline) or self._come_again(connect, hello, deadline)
         self.epoch = welcome.epoch
         self.rank, self.world_size = welcome.rank, welcome.world_size
         self.wire_format = welcome.wire_format
@@ -243,6 +251,24 @@ class ReceiverSession(Inbox):
             if not self._channel.listened_to():
                 raise PeerLost(f"{self._whom()} has ended the connection before it has answered")
         return welcome
+
+    def _come_again(
+        self, connect: Callable[[], ReceiverChannel], hello: Hello, deadline: float
+    ) -> Welcome:
+        """After the connection was cut, by a sender to which too many come at once: connect again
+        until there is an answer, ever more seldom."""
+        for cuts in count(1):
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**cuts) * random.uniform(0.5, 1.0)  # noqa: S311
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+            try:
+                self._channel = connect()
+                if (welcome := self._introduce(hello, deadline)) is not None:
+                    return welcome
+            except RendezvousTimeout as error:
+                raise PeerLost(
+                    f"{self._whom()} has ended the connection {cuts} times before it has answered"
+                ) from error
+        raise AssertionError("it counts for ever")
 
     def _await_welcome(self, hello: Hello, deadline: float) -> Welcome | None:
         frame = encode(hello, 0, self.settings)

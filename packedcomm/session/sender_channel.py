@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
 import struct
 import time
@@ -15,6 +14,7 @@ from collections.abc import Collection
 import zmq
 
 from packedcomm.communicators.listener import Listener
+from packedcomm.descriptors import most_descriptors
 from packedcomm.errors import ArgumentError, SessionStateError
 from packedcomm.session.authentication import Gate, Keys, check_secret
 from packedcomm.session.channel import BATCH, DISCONNECTED, EVENTS, MORE, NOW, READABLE, Channel
@@ -42,6 +42,8 @@ _ONCE, _NO_COPY = (NOW,), (False,)
 
 # Instead of what can't be a frame; no message begins so.
 _NO_FRAME = zmq.Frame(b"\xc1")
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 # Closing then resets the connection.
 _RESET = struct.pack("ii", 1, 0)
@@ -105,8 +107,13 @@ class SenderChannel(Channel):
         self._socket.setsockopt(zmq.USE_FD, listener.detach())
         self._socket.bind(f"tcp://{self.address}")
         descriptor = self._monitor.getsockopt(zmq.FD)
-        self._watch = EventWatch(descriptor, self._look_at_connections, "packedcomm-connections")
-        self._held.endings.insert(0, self._watch.stop)
+        try:
+            watch = EventWatch(descriptor, self._look_at_connections, "packedcomm-connections")
+        except BaseException:
+            self.close()
+            raise
+        self._watch = watch
+        self._held.endings.insert(0, watch.stop)
 
     def hang_up(self) -> None:
         """Send what is on its way, end every connection and stop listening. Idempotent."""
@@ -165,18 +172,19 @@ class SenderChannel(Channel):
         """Connections that haven't said anything yet that this end would listen to."""
         return len(self._pending)
 
-    def _look_at_connections(self) -> None:
-        """What the thread of its own does."""
+    def _look_at_connections(self) -> bool:
+        """What the thread of its own does; whether it is to go on."""
         with self._lock:
             if not self._held.closed:
                 self._note_connections()
+        return not self._held.closed
 
     def _note_connections(self) -> None:
         """Keep count of connections, and cut the oldest of too many that have said nothing."""
         highest = self._note_events()
         most = self.settings.max_pending_connections
         # The system gives the lowest number that is free.
-        if highest >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * SCARCE:
+        if highest >= most_descriptors() * SCARCE:
             most = min(most, FEW_PENDING)
         if len(self._pending) > most:
             # Whoever has the secret is through with the handshake in milliseconds, and has spoken.
@@ -276,19 +284,22 @@ def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> None:
     with contextlib.suppress(OSError):
         try:
             # ZeroMQ may close the descriptor at any moment, and the number come to mean another
-            # socket.
+            # socket, or a file.
             own = os.dup(descriptor)
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
             own = descriptor
-        connection = socket.socket(fileno=own)
         try:
-            if connection.getsockname()[1] == port:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                # ZeroMQ finds that it has ended, and closes it.
-                connection.shutdown(way)
+            connection = socket.socket(fileno=own)
+            try:
+                ours = connection.family in _FAMILIES and connection.getsockname()[1] == port
+                if ours:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    # ZeroMQ finds that it has ended, and closes it.
+                    connection.shutdown(way)
+            finally:
+                connection.detach()
         finally:
-            connection.detach()
             if own != descriptor:
                 os.close(own)

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from packedcomm.threads import Thread
+
 __all__ = ["LOOK_S", "Supervisor"]
 
 logger = logging.getLogger("packedcomm")
@@ -34,7 +36,7 @@ class Supervisor:
         # Held until `stop`. An event's lock would stay held by whoever is interrupted in its `set`.
         self._running = threading.Lock()
         self._running.acquire()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = Thread(self._run, name)
         self._thread.start()
 
     def _run(self) -> None:

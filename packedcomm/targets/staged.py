@@ -161,7 +161,8 @@ class StagedTarget:
             return f"tensor {staging.pairs[int(moved.rpartition('#')[2])].name!r}"
         # The inner target may name it itself. Else it follows its owners, such as parameters.
         now = (part.tensor for parts in self._target.place(manifest) for part in parts)
-        for pair, tensor in zip(staging.pairs, now, strict=True):
+        # Tied tensors may have been untied meanwhile: then there are more.
+        for pair, tensor in zip(staging.pairs, now, strict=False):
             if tensor.data_ptr() != pair.live.data_ptr():
                 return f"tensor {pair.name!r}"
         return "a destination that this manifest doesn't fill"

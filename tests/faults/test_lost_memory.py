@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from packedcomm import FullWeightSender, FusedTarget, StagedTarget, TensorTarget, WeightReceiver
+from packedcomm import (
+    FullWeightSender,
+    FusedTarget,
+    ModuleSource,
+    StagedTarget,
+    TensorTarget,
+    WeightReceiver,
+)
 from packedcomm.errors import ManifestError, PackedCommError, TensorError
 from packedcomm.manifest import Manifest
 from packedcomm.planning.engine_layouts import ModelGeometry
@@ -246,4 +253,19 @@ def test_a_commit_names_no_tensor_where_only_memory_beside_its_own_was_replaced(
     target.place(manifest)
     replaced(model)
     with pytest.raises(TensorError, match="a destination that this manifest doesn't fill"):
+        target.commit(manifest)
+
+
+def test_tied_parameters_that_were_untied_before_the_commit_are_named():
+    def tied():
+        model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2)))
+        model[1].weight = model[0].weight
+        return model
+
+    manifest = ModuleSource(tied()).snapshot().manifest
+    model = tied()
+    target = StagedTarget(TensorTarget(model))
+    target.place(manifest)
+    model[1].weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(TensorError, match="has been given other memory"):
         target.commit(manifest)

@@ -113,6 +113,73 @@ with sessions(1) as (session, (end,)):
 """
 
 
+# Interrupted while it waits for the thread that is in Gloo.
+INTERRUPTED_END = """
+import contextlib, signal, sys
+from datetime import timedelta
+import torch
+from packedcomm import FullWeightSender, Session, TensorTarget, WeightReceiver
+
+weights = {"w": torch.ones(1000)}
+if sys.argv[1] == "sender":
+    session = Session.listen("127.0.0.1:0", receivers=1)
+    print(session.address, flush=True)
+    FullWeightSender(weights, session).sync()
+else:
+    session = Session.connect(sys.stdin.readline().strip())
+    WeightReceiver(TensorTarget(weights), session).receive()
+print("synced", flush=True)
+sys.stdin.readline()
+
+
+class Receive:
+    # In Gloo for a while: nothing is sent.
+
+    error = None
+
+    def run(self, group):
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.ones(1)], 1 - group.rank(), 7).wait(timedelta(seconds=0.6))
+
+
+if sys.argv[2] == "here":
+    session._communicator._thread._batches.put(Receive())
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+session.close()
+"""
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_a_process_that_is_interrupted_while_it_closes_ends_in_order(who):
+    ends = {
+        role: subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED_END, role, "here" if role == who else "not"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for role in ("sender", "receiver")
+    }
+    try:
+        address = ends["sender"].stdout.readline()
+        ends["receiver"].stdin.write(address)
+        ends["receiver"].stdin.flush()
+        assert [end.stdout.readline() for end in ends.values()] == ["synced\n"] * 2
+        found = {}
+        for role in (who, *({"sender", "receiver"} - {who})):
+            _, errors = ends[role].communicate("end\n", timeout=60)
+            found[role] = (ends[role].returncode, errors)
+        assert found[who][0] == -signal.SIGINT, found[who][1]
+        assert "KeyboardInterrupt" in found[who][1]
+        assert [code for role, (code, _) in found.items() if role != who] == [0], found
+    finally:
+        for end in ends.values():
+            end.kill()
+            end.wait()
+
+
 def test_a_forked_process_leaves_its_parents_sessions_alone():
     ended = subprocess.run(
         [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60
