@@ -119,12 +119,16 @@ class FullWeightSender:
                 another process of a sharded trainer is lost or late; the message names it as one of
                 the source, and later syncs raise `SessionStateError`.
             ContextLost: this process must restart.
-            SessionStateError: the session is closed or was aborted, or a sharded trainer has lost
-                one of its processes before.
+            SessionStateError: the session is closed or was aborted, another thread uses it, or a
+                sharded trainer has lost one of its processes before.
 
         Warns:
             UnchangedWeightsWarning: digests show that not one tensor has changed.
         """
+        with self._exclusive("sync"):
+            return self._sync(version)
+
+    def _sync(self, version: int | None) -> SyncResult:
         version = self._next_version(version)
         begin = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -149,7 +153,7 @@ class FullWeightSender:
                 f"version {version} has exactly the bytes that this sender sent before: 0 of "
                 f"{len(manifest)} tensors changed",
                 UnchangedWeightsWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return SyncResult(
             version=version,
@@ -175,6 +179,10 @@ class FullWeightSender:
             RemoteError: a receiver doesn't have it.
             As `sync`.
         """
+        with self._exclusive("no_change"):
+            return self._no_change(version)
+
+    def _no_change(self, version: int | None) -> SyncResult:
         begin = time.perf_counter()
         version = self._next_version(version)
         if self.version is None or not self._in_step:
@@ -195,6 +203,10 @@ class FullWeightSender:
             bytes=0,
             seconds={"total": time.perf_counter() - begin},
         )
+
+    def _exclusive(self, operation: str) -> contextlib.AbstractContextManager[None]:
+        session = self._session
+        return contextlib.nullcontext() if session is None else session.exclusive(operation)
 
     def _next_version(self, version: int | None) -> int:
         if version is None:

@@ -15,8 +15,11 @@ import pytest
 import zmq
 
 from packedcomm import Session
+from packedcomm.descriptors import check_descriptors
+from packedcomm.errors import PeerLost
 from packedcomm.session.authentication import Keys
-from packedcomm.session.sender_channel import SenderChannel
+from packedcomm.session.receiver_channel import ReceiverChannel
+from packedcomm.session.sender_channel import SenderChannel, _cut
 from packedcomm.settings import DEFAULTS, Settings
 from tests.helpers.peers import SECRET, eventually, training
 
@@ -214,3 +217,40 @@ def test_a_connection_that_is_cut_is_not_waited_for_where_nobody_listens_any_mor
     thread.join(5)
     assert not thread.is_alive()
     assert "ended the connection before it has answered" in str(raised[0])
+
+
+def test_a_receiver_that_is_always_cut_comes_again_ever_more_seldom(monkeypatch):
+    made = []
+
+    class Counted(ReceiverChannel):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("packedcomm.session.receiver.ReceiverChannel", Counted)
+    # ZeroMQ ends a connection over which more comes.
+    small = Settings(max_frame_bytes=30)
+    with (
+        Session.listen("127.0.0.1:0", receivers=1, settings=small, device="cpu") as session,
+        pytest.raises(PeerLost, match=r"ended the connection \d+ times before"),
+    ):
+        Session.connect(session.address, settings=Settings(connect_timeout_s=3), device="cpu")
+    assert 3 <= len(made) <= 20
+
+
+def test_what_a_descriptor_has_come_to_mean_is_left_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("kept")
+    with path.open() as file, socket.socket(socket.AF_UNIX) as other, socket.socket() as unbound:
+        before = descriptors()
+        for found in (file, other, unbound):
+            for _ in range(3):
+                _cut(found.fileno(), 1)
+        assert descriptors() == before
+        assert file.read() == "kept"
+
+
+def test_no_limit_is_enough_descriptors(monkeypatch):
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: infinite)
+    check_descriptors(1 << 20, "everything")

@@ -6,9 +6,12 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
+from packedcomm import FullWeightSender, TensorTarget, WeightReceiver
 from packedcomm.errors import (
     ArgumentError,
     CapacityError,
@@ -30,10 +33,12 @@ from packedcomm.session.messages import (
     Proceed,
     Ready,
 )
+from tests.helpers.in_process import Round, sessions
 from tests.helpers.operations import raised
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sessions import (
     DIGEST,
+    QUICK,
     SessionBox,
     caught,
     join,
@@ -327,3 +332,57 @@ def test_a_first_communicator_that_cannot_be_connected_is_tried_again():
         assert failed[0] in (CapacityError, RemoteError)
         assert "no memory for buffers" in failed[1]
         assert came == [Offer, Close]
+
+
+def test_what_a_receiver_cannot_read_is_not_taken_for_lost(monkeypatch):
+    beating = replace(QUICK, heartbeat_interval_s=0.1)
+    with sessions(1, beating) as (session, (end,)):
+        thread = threading.Thread(target=end.poll, args=(0.5,))
+        thread.start()
+        session.wait()
+        thread.join()
+
+        def garbled(message, number, settings):
+            frame = encode(message, number, settings)
+            return b"\xc1" + frame if isinstance(message, Offer) else frame
+
+        monkeypatch.setattr("packedcomm.session.dialogue.encode", garbled)
+
+        def busy():
+            # For several beats, which its supervisor hears.
+            time.sleep(0.5)
+            error = raised(end.receive)[0]
+            end.fail(ProtocolError("what came is no frame"))
+            seen.append(error)
+
+        seen = []
+        thread = threading.Thread(target=busy)
+        thread.start()
+        kind, message, _ = caught(lambda: session.ask(Offer(1, DIGEST), Ready))
+        thread.join()
+        assert seen == [ProtocolError]
+        assert (kind, message) == (ProtocolError, "receiver rank 1: what came is no frame")
+
+
+def test_two_threads_cannot_use_one_session():
+    weights = {"w": torch.ones(1000)}
+    with sessions(1) as (session, (end,)):
+        sender = FullWeightSender(weights, session)
+        receiver = WeightReceiver(TensorTarget({"w": torch.zeros(1000)}), end)
+        # Nobody receives yet, so this one waits.
+        thread = threading.Thread(target=sender.sync, name="the first")
+        thread.start()
+        time.sleep(0.3)
+        for use in (sender.sync, sender.no_change):
+            kind, message, _ = caught(use)
+            assert kind is SessionStateError
+            assert "thread 'the first' is in the middle of sync" in message
+        assert receiver.receive(20).version == 0
+        thread.join()
+        # And the same on the other side.
+        thread = threading.Thread(target=lambda: raised(lambda: receiver.receive(1.0)))
+        thread.start()
+        time.sleep(0.3)
+        assert "is in the middle of receive" in caught(receiver.receive)[1]
+        thread.join()
+        assert Round(sender.sync, [receiver]).received[0].version == 1
