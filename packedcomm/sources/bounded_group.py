@@ -39,13 +39,19 @@ _LEAST_S = 0.1
 # How much later than Gloo itself its caller gives up.
 _GRACE = timedelta(seconds=1)
 
+# How far the clocks of Gloo and of this file may differ.
+_TICK_S = 0.01
+
+# What is said by torch.distributed itself where it isn't a `DistError`: Gloo begins with the place
+# in its source, but not everywhere.
+_PLACE = re.compile(r"^\[[^\]]*\bgloo/[^\]]*\] ")
+_GIVEN_UP = ("Operation timed out!", "Application timeout caused pair closure")
+
 # How Gloo and NCCL say that they have given up, and that a process has gone.
 _LATE = re.compile("timed out|timeout", re.IGNORECASE)
 _LOST = re.compile(
     "closed|reset|broken pipe|connection|unreachable|network|remote process", re.IGNORECASE
 )
-# Where in Gloo's source an error was raised.
-_PLACE = re.compile(r"^\[[^\]]*\] ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Transfers:
     """Sends and receives that were started together."""
 
     works: Sequence[Any] = ()
-    """One for each, or one for all where the backend puts them together."""
+    """One for each; or fewer, where the backend puts them together."""
 
     ranks: Sequence[int] = ()
     """With whom each one is."""
@@ -164,11 +170,10 @@ class BoundedGroup:
                     work.wait()
             return transfers
         self._check_open(self._task)
-        for rank, work in zip(transfers.ranks, transfers.works, strict=True):
-            try:
+        one_each = len(transfers.works) == len(transfers.ranks)
+        for index, work in enumerate(transfers.works):
+            with self._failing(transfers.ranks[index : index + 1] if one_each else transfers.ranks):
                 work.wait(self._remaining())
-            except RuntimeError as error:
-                raise self._failed(error, [rank]) from error
         return Transfers()
 
     def settle(self, transfers: Transfers) -> None:
@@ -180,7 +185,8 @@ class BoundedGroup:
         """Run what waits for the other processes without a deadline, on a thread of its own.
 
         Raises:
-            Exception: what the function raises; where a connection has broken, as `all_gather`.
+            Exception: what the function raises; as `all_gather` where that is an error of
+                torch.distributed. No other error ends the group.
         """
         others = [rank for rank in range(self.size) if rank != self.rank]
         self._check_open(self._task)
@@ -243,24 +249,28 @@ class BoundedGroup:
         return error
 
     def _typed(self, error: RuntimeError, ranks: Collection[int]) -> PackedCommError | None:
-        """As one of packedcomm's, if it says that others have gone or are late."""
-        text = _PLACE.sub("", str(error)).partition(". ")[0]
+        """As one of packedcomm's, if torch.distributed itself says that others have gone or are
+        late."""
+        whole = str(error)
+        text = _PLACE.sub("", whole).partition(". ")[0]
+        own = isinstance(error, dist.DistError) or whole.startswith(_GIVEN_UP)
+        if not own and not _PLACE.match(whole):
+            return None
         if _LATE.search(text):
-            return self._late(ranks)
-        if _LOST.search(str(error)):
+            return self._late(ranks, text)
+        if _LOST.search(whole):
             return PeerLost(
-                f"{self._task}: lost the connection to {_named(ranks)} of the source ({text}), "
+                f"{self._task}: lost the connection to {_named(ranks)} ({text}), "
                 f"which has died or has given up; {_UNUSABLE}"
             )
         if isinstance(error, dist.DistBackendError):
-            return NcclError(f"{self._task}, with {_named(ranks)} of the source: {text}")
+            return NcclError(f"{self._task}, with {_named(ranks)}: {text}")
         return None
 
-    def _late(self, ranks: Collection[int]) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"{self._task}: not done within {self.timeout_s:.3g} s, waiting for {_named(ranks)} "
-            f"of the source; {_UNUSABLE}"
-        )
+    def _late(self, ranks: Collection[int], said: str = "") -> DeadlineExceeded:
+        passed = time.monotonic() >= self._deadline - _TICK_S
+        how = f"not done within {self.timeout_s:.3g} s" if passed else f"given up ({said})"
+        return DeadlineExceeded(f"{self._task}: {how}, waiting for {_named(ranks)}; {_UNUSABLE}")
 
     def _check_open(self, task: str) -> None:
         if self.ended is not None:
@@ -272,6 +282,8 @@ _UNUSABLE = "its group of torch.distributed can't be used any more"
 
 def _named(ranks: Collection[int]) -> str:
     found = sorted(set(ranks))
+    if not found:
+        return "the source"
     if len(found) == 1:
-        return f"rank {found[0]}"
-    return f"one of ranks {', '.join(map(str, found))}"
+        return f"rank {found[0]} of the source"
+    return f"one of ranks {', '.join(map(str, found))} of the source"

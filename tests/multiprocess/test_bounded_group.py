@@ -22,7 +22,7 @@ class Work:
         self._done_at = None if done_after_s is None else time.monotonic() + done_after_s
         self._error = error
 
-    def wait(self):
+    def wait(self, timeout=None):
         if self._error is not None:
             raise self._error
 
@@ -33,6 +33,7 @@ class Work:
 def _on_gpus(rank, world_size, store):
     join(rank, world_size, store)
     group = BoundedGroup(None)
+    group.timeout_s = 60.0
     group.begin("gather")
     begin = time.monotonic()
     under_way = group.wait(Transfers([Work(1.0)], [1, 2], on_host=False))
@@ -58,13 +59,13 @@ def test_what_a_gpu_waits_for_has_a_deadline_too(tmp_path):
     assert text in after[1]
 
 
-def _failing(rank, world_size, store, errors):
+def _failing(rank, world_size, store, errors, ranks=(3,), on_host=False):
     join(rank, world_size, store)
     found = []
     for error in errors:
         group = BoundedGroup(None)
         group.begin("gather")
-        transfers = Transfers([Work(error=error)], [3], on_host=False)
+        transfers = Transfers([Work(error=error)], ranks, on_host=on_host)
         found.append(raised(partial(group.wait, transfers))[:2])
     return found
 
@@ -93,3 +94,53 @@ def test_an_error_of_torch_becomes_one_that_names_the_rank(tmp_path):
     for _, text in found:
         assert text.startswith("gather")
         assert "rank 3 of the source" in text
+        # It is torch's own limit that has passed.
+        assert "not done within" not in text
+
+
+def test_one_work_for_several_transfers_names_all_of_them(tmp_path):
+    store = str(tmp_path / "store")
+    [[(kind, text)]] = run_ranks(_failing, 1, store, [ERRORS[0][0]], (2, 1), True)
+    assert kind is PeerLost
+    assert "lost the connection to one of ranks 1, 2 of the source (" in text
+
+
+def test_nobody_is_named_where_nobody_else_is_there(tmp_path):
+    [[(_, text)]] = run_ranks(_failing, 1, str(tmp_path / "store"), [ERRORS[0][0]], ())
+    assert text.startswith("gather: lost the connection to the source (")
+
+
+LOCAL = [
+    "CUDA error: the launch timed out and was terminated. more",
+    "The module is closed for writing",
+    "weights of 'connection_proj' are not DTensors",
+    "einops: network.layer is wrong",
+]
+
+
+def _calling(rank, world_size, store, errors):
+    join(rank, world_size, store)
+    found = []
+    for error in errors:
+        group = BoundedGroup(None)
+        group.begin("gather")
+
+        def fail(error=error):
+            raise error
+
+        try:
+            group.call(fail, torch.device("cpu"))
+        except Exception as raising:  # noqa: BLE001  (it is what the test looks at)
+            found.append((type(raising), str(raising), group.ended is not None))
+    return found
+
+
+def test_errors_of_a_function_that_is_called_are_its_own(tmp_path):
+    errors = [RuntimeError(text) for text in LOCAL]
+    [found] = run_ranks(_calling, 1, str(tmp_path / "store"), errors)
+    assert found == [(RuntimeError, text, False) for text in LOCAL]
+
+
+def test_errors_of_torch_distributed_in_a_function_end_the_group(tmp_path):
+    [found] = run_ranks(_calling, 1, str(tmp_path / "store"), [error for error, _ in ERRORS])
+    assert [(kind, ended) for kind, _, ended in found] == [(kind, True) for _, kind in ERRORS]
