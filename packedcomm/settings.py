@@ -141,9 +141,9 @@ class Settings:
             )
 
     def assembly_seconds(self) -> float:
-        """Seconds that a sender may take before the data of a sync, while receivers come, connect
-        and agree, or for a version without data."""
-        return 2 * self.connect_timeout_s + 2 * self.agree_timeout_s + self.commit_timeout_s
+        """Seconds that a sender may take before the data of a sync: receivers come, say that they
+        are there, connect, answer the offer and then the manifest; and a communicator is closed."""
+        return 2 * self.connect_timeout_s + 3 * self.agree_timeout_s + self.close_timeout_s
 
     def gather_seconds(self, nbytes: int) -> float:
         """Deadline in seconds for a sharded source of so many bytes to gather them: nine tenths of
