@@ -117,8 +117,11 @@ class Leading:
             seconds["connect"] = time.perf_counter() - begin
 
     def failed_here(self, error: Exception) -> None:
-        """The source has failed while data moves: whatever the receivers say, they aren't why."""
-        self._of_source = error
+        """The source has failed while data moves: whatever the receivers say, they aren't why, for
+        the time that they take is none of the source's. After a failure of the sync the rest of the
+        source's data is for nobody, and neither is how that ends."""
+        if self._under_way:
+            self._of_source = error
 
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest."""

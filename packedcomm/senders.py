@@ -6,7 +6,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWar
 from packedcomm.session import SenderSession
 from packedcomm.session.messages import Verify
 from packedcomm.sources import (
+    BoundedSource,
     DTensorSource,
     LoraSource,
     ModuleSource,
@@ -29,6 +30,9 @@ from packedcomm.sources import (
 from packedcomm.verification import ChangeCount
 
 __all__ = ["FullWeightSender", "LoraSender"]
+
+# What a sync is about to do: to begin, to move data, or to end.
+Stage = Literal["begin", "data", "end"]
 
 _LARGEST_VERSION = (1 << 63) - 1
 
@@ -133,7 +137,7 @@ class FullWeightSender:
         begin = time.perf_counter()
         seconds: dict[str, float] = {}
         self._in_step = False
-        self._set_timeout()
+        self._set_timeout("begin")
         with measured(seconds, "describe"):
             snapshot = self.source.snapshot()
         manifest = snapshot.manifest
@@ -223,11 +227,11 @@ class FullWeightSender:
     ) -> tuple[torch.Tensor | None, Mapping[str, ChangeStatistics]]:
         with leading.failing():
             nbytes = snapshot.manifest.nbytes
-            with self._sharing_failure(then_nbytes=nbytes):
+            with self._sharing_failure(nbytes=nbytes, then="data"):
                 leading.assemble(seconds)
                 leading.agree(snapshot, version, seconds)
             gathered = self._gathered(leading, snapshot)
-            with self._sharing_failure(gathered):
+            with self._sharing_failure(gathered, nbytes):
                 leading.move(snapshot, gathered, version, seconds)
                 digests = leading.verify(seconds)
                 changes = leading.commit(version, seconds)
@@ -242,46 +246,54 @@ class FullWeightSender:
                 leading.failed_here(error)
                 raise
 
-    def _set_timeout(self, nbytes: int | None = None) -> None:
+    def _set_timeout(self, stage: Stage, nbytes: int = 0) -> None:
         """On the leader: say how long the trainer's processes may wait for each other.
 
         Args:
-            nbytes: of the data that is moved and committed next; None before there is any.
+            stage: what the sync is about to do.
+            nbytes: of the data.
         """
-        if self._session is None:
+        if self._session is None or not isinstance(self.source, BoundedSource):
             return
         settings = self._session.settings
-        if nbytes is None:
-            self.source.set_timeout(settings.agree_timeout_s, settings.assembly_seconds())
+        if stage == "data":
+            self.source.set_timeout(
+                settings.gather_seconds(nbytes), settings.transfer_seconds(nbytes)
+            )
         else:
-            until_committed = settings.move_seconds(nbytes) + settings.commit_seconds(nbytes)
-            self.source.set_timeout(settings.gather_seconds(nbytes), until_committed)
+            # Between syncs the leader may do whatever it likes, for as long as it likes.
+            others_s = settings.assembly_seconds() if stage == "begin" else None
+            self.source.set_timeout(settings.agree_timeout_s, others_s)
 
     @contextlib.contextmanager
     def _sharing_failure(
         self,
         gathered: Iterator[Any] = iter(()),  # noqa: B008
+        nbytes: int = 0,
         *,
-        then_nbytes: int | None = None,
+        then: Stage = "end",
     ) -> Iterator[None]:
         """Tell the trainer's other processes how the body ended, which waits for their gathers.
 
         Args:
             gathered: what they are in the middle of.
-            then_nbytes: of the data that follows where the body succeeds; None for none.
+            nbytes: of the data.
+            then: what follows where the body succeeds.
         """
         try:
             yield
         except BaseException as error:
-            # They are in the middle of the same gathers, which must come to an end.
+            # They are in the middle of the same gathers, which must come to an end, with time
+            # enough however long the body took: a wait that ends too early ends their group.
+            self._set_timeout("data", nbytes)
             with contextlib.suppress(Exception):
                 for _ in gathered:
                     pass
-            self._set_timeout()
+            self._set_timeout("end")
             with contextlib.suppress(Exception):
                 self.source.share(summary(error))
             raise
-        self._set_timeout(then_nbytes)
+        self._set_timeout(then, nbytes)
         self.source.share(None)
 
     def _follow(self, snapshot: Snapshot) -> None:

@@ -147,8 +147,15 @@ class Settings:
 
     def gather_seconds(self, nbytes: int) -> float:
         """Deadline in seconds for a sharded source of so many bytes to gather them: nine tenths of
-        `move_seconds`, so that what is late there isn't taken for a receiver that is late."""
+        `move_seconds`, so that what is late there isn't taken for a receiver that is late. What the
+        receivers take doesn't count."""
         return 0.9 * self.move_seconds(nbytes)
+
+    def transfer_seconds(self, nbytes: int) -> float:
+        """Seconds that a sender may take from the agreement to the end of a sync of so many bytes:
+        the data, then the commit, or where the data fail the rest of what is gathered."""
+        rest = self.gather_seconds(nbytes)
+        return self.move_seconds(nbytes) + rest + self.commit_seconds(nbytes)
 
     def move_seconds(self, nbytes: int) -> float:
         """Deadline in seconds for the data of a sync of so many bytes, or for its verification."""

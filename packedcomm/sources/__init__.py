@@ -10,7 +10,7 @@
 They take declared transforms: `Cast`, `Filter`, `Rename`, `RotaryPermutation`.
 """
 
-from packedcomm.sources.base import Snapshot, Source
+from packedcomm.sources.base import BoundedSource, Snapshot, Source
 from packedcomm.sources.dtensor import DTensorSource, holds_dtensors
 from packedcomm.sources.lora import LoraSource
 from packedcomm.sources.module import ModuleSource
@@ -18,6 +18,7 @@ from packedcomm.sources.sharded import ShardedSource
 from packedcomm.sources.transforms import Cast, Filter, Rename, RotaryPermutation
 
 __all__ = [
+    "BoundedSource",
     "Cast",
     "DTensorSource",
     "Filter",

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from packedcomm.copying import Part
 from packedcomm.manifest import Manifest
 
-__all__ = ["Snapshot", "Source"]
+__all__ = ["BoundedSource", "Snapshot", "Source"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -36,24 +36,12 @@ class Source(Protocol):
     """What can be sent again and again, and tells cheaply that nothing but values has changed.
 
     A source may be spread over several processes (a sharded trainer). Then all of them must make
-    the same calls in the same order, and one of them, the leader, sends.
+    the same calls in the same order, and one of them, the leader, sends. Such a source may be a
+    `BoundedSource` too.
     """
 
     leader: bool
     """Whether this process is the one that sends."""
-
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """Before a call on the leader: how long the processes may wait for each other, where there
-        are several. What other processes are given here has no effect: they do what the leader has
-        told them last.
-
-        Args:
-            timeout_s: deadline in seconds for each later `snapshot`, `gather` and `share` of the
-                leader, from its beginning to its end.
-            others_s: the same for the other processes from the leader's next word on, which ends
-                each of these calls. They wait for the leader while it does something else, so this
-                is longer.
-        """
 
     def snapshot(self) -> Snapshot:
         """The present snapshot; without Python per tensor when nothing has changed.
@@ -99,4 +87,27 @@ class Source(Protocol):
 
         Raises:
             DeadlineExceeded, PeerLost: as `snapshot`.
+        """
+
+
+@runtime_checkable
+class BoundedSource(Source, Protocol):
+    """A source of several processes that wait for each other no longer than the leader says.
+
+    A sender calls `set_timeout` of every source that has it. Other sources wait for as long as
+    their own means let them.
+    """
+
+    def set_timeout(self, timeout_s: float, others_s: float | None) -> None:
+        """On the leader: how long the processes may wait for each other. What other processes are
+        given here has no effect: they do what the leader has told them last.
+
+        Args:
+            timeout_s: deadline in seconds for each later `snapshot`, `gather` and `share` of the
+                leader, from its beginning to its end; and from now on for a gather that is under
+                way. The time that a gather's items are in the taker's hands doesn't count.
+            others_s: the same for the other processes from the leader's next word on, which ends
+                each of these calls. They wait for the leader while it does something else, and all
+                that time counts, so this is longer. None is for as long as torch.distributed lets
+                them, as before the leader's first word: the next thing is another sync.
         """

@@ -29,7 +29,6 @@ from packedcomm.errors import (
     SessionStateError,
     summary,
 )
-from packedcomm.settings import DEFAULTS
 
 __all__ = ["BoundedGroup", "Transfers"]
 
@@ -85,12 +84,14 @@ class BoundedGroup:
         self.group: dist.ProcessGroup = found
         self.rank = dist.get_rank(found)
         self.size = dist.get_world_size(found)
-        self.timeout_s = DEFAULTS.agree_timeout_s
-        """How long what is begun next may take, in seconds."""
+        self.timeout_s: float | None = None
+        """How long what is begun next may take, in seconds; None is as long as torch lets each
+        operation take, which is the group's own timeout."""
         self.ended: str | None = None
         """Why it can't be used any more."""
         self._task = "the source"
-        self._deadline = float("inf")
+        self._deadline: float | None = None
+        self._paused_at = 0.0
         self._connected: set[str] = {"cpu"}
 
     def begin(self, task: str) -> None:
@@ -101,7 +102,22 @@ class BoundedGroup:
         """
         self._check_open(task)
         self._task = task
-        self._deadline = time.monotonic() + self.timeout_s
+        self.renew()
+
+    def renew(self) -> None:
+        """What is under way may take `timeout_s` from now."""
+        now = self._paused_at = time.monotonic()
+        self._deadline = None if self.timeout_s is None else now + self.timeout_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that the body takes doesn't count: nobody is waited for."""
+        self._paused_at = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._deadline is not None:
+                self._deadline += time.monotonic() - self._paused_at
 
     def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         """Everybody's tensor, in the order of the ranks.
@@ -132,20 +148,22 @@ class BoundedGroup:
         on_host = tensor.device.type == "cpu"
         others = [rank for rank in range(self.size) if rank != self.rank]
         with self._failing(others):
-            if on_host:
+            remaining = self._remaining()
+            if on_host and remaining is not None:
                 # Gloo itself gives up then, as it must before the process can end. NCCL's watchdog
                 # would end the process, so it keeps its own limit.
-                options.timeout = self._remaining()
+                options.timeout = remaining
             if tensor.device.type in self._connected:
                 work = start()
             else:
                 # NCCL connects at the first operation, and waits for everybody meanwhile.
                 work = self._called(start, tensor.device, others)
                 self._connected.add(tensor.device.type)
-            if on_host:
-                work.wait(self._remaining() + _GRACE)
+            if on_host and (remaining := self._remaining()) is not None:
+                work.wait(remaining + _GRACE)
             else:
                 work.wait()
+            if not on_host:
                 self._await_gpu(work, others)
 
     def start(self, operations: Sequence[dist.P2POp]) -> Transfers:
@@ -173,7 +191,11 @@ class BoundedGroup:
         one_each = len(transfers.works) == len(transfers.ranks)
         for index, work in enumerate(transfers.works):
             with self._failing(transfers.ranks[index : index + 1] if one_each else transfers.ranks):
-                work.wait(self._remaining())
+                remaining = self._remaining()
+                if remaining is None:
+                    work.wait()
+                else:
+                    work.wait(remaining)
         return Transfers()
 
     def settle(self, transfers: Transfers) -> None:
@@ -213,7 +235,9 @@ class BoundedGroup:
 
         threading.Thread(target=run, name="packedcomm-source", daemon=True).start()
         try:
-            found, error = outcomes.get(timeout=self._remaining().total_seconds())
+            remaining = self._remaining()
+            timeout_s = None if remaining is None else remaining.total_seconds()
+            found, error = outcomes.get(timeout=timeout_s)
         except queue.Empty:
             raise self._end(self._late(ranks)) from None
         if error is not None:
@@ -221,10 +245,14 @@ class BoundedGroup:
         return found
 
     def _await_gpu(self, work: Any, ranks: Collection[int]) -> None:
-        if not wait_until(work.is_completed, self._remaining().total_seconds()):
+        remaining = self._remaining()
+        timeout_s = float("inf") if remaining is None else remaining.total_seconds()
+        if not wait_until(work.is_completed, timeout_s):
             raise self._end(self._late(ranks))
 
-    def _remaining(self) -> timedelta:
+    def _remaining(self) -> timedelta | None:
+        if self._deadline is None:
+            return None
         return timedelta(seconds=max(_LEAST_S, self._deadline - time.monotonic()))
 
     @contextmanager
@@ -268,7 +296,7 @@ class BoundedGroup:
         return None
 
     def _late(self, ranks: Collection[int], said: str = "") -> DeadlineExceeded:
-        passed = time.monotonic() >= self._deadline - _TICK_S
+        passed = self._deadline is not None and time.monotonic() >= self._deadline - _TICK_S
         how = f"not done within {self.timeout_s:.3g} s" if passed else f"given up ({said})"
         return DeadlineExceeded(f"{self._task}: {how}, waiting for {_named(ranks)}; {_UNUSABLE}")
 

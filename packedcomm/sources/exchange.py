@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Exchange:
     """A process group of torch.distributed and the operations on it that sources need.
 
     Only tensors travel: no pickled objects. The group's rank 0 leads, and whatever it says to all
-    (`agree`, `share`) also says how long the others may wait for its next word.
+    (`agree`, `share`) also says how long the others may wait for its next word. Before its first
+    one, and where it says so, they wait for as long as torch lets them.
 
     Whatever waits for other processes raises `DeadlineExceeded`, `PeerLost` or `NcclError` as
     `BoundedGroup` does, on whichever process notices; later calls raise `SessionStateError`.
@@ -43,7 +45,7 @@ class Exchange:
         self.rank = self._bounded.rank
         self.size = self._bounded.size
         self.leader = self.rank == 0
-        self._others_s = self._bounded.timeout_s
+        self._others_s: float | None = None
         pairs = (
             pair.split(":", 1)
             for pair in dist.get_backend_config(self.group).split(",")
@@ -62,10 +64,11 @@ class Exchange:
         """Whether the processes can't tell each other anything any more."""
         return self._bounded.ended is not None
 
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """See `Source`."""
+    def set_timeout(self, timeout_s: float, others_s: float | None) -> None:
+        """See `BoundedSource`."""
         if self.leader:
             self._bounded.timeout_s, self._others_s = timeout_s, others_s
+            self._bounded.renew()
 
     def begin(self, task: str) -> None:
         """What follows belongs to this call of the source, whose time runs from here.
@@ -75,10 +78,21 @@ class Exchange:
         """
         self._bounded.begin(task)
 
-    def _heard(self, others_ms: int) -> None:
-        """The leader has said how long its next word may take."""
+    def in_other_hands(self) -> AbstractContextManager[None]:
+        """While nobody here waits for the source's processes: on the leader that time doesn't
+        count. Elsewhere it does, since the leader's limit for the others has room for it."""
+        return self._bounded.paused() if self.leader else nullcontext()
+
+    def forget_timeout(self) -> None:
+        """The leader's next word begins another sync, for which it may take its time."""
         if not self.leader:
-            self._bounded.timeout_s = others_ms / 1000
+            self._bounded.timeout_s = None
+
+    def _adopt_timeout(self, others_ms: int) -> None:
+        """Wait for the leader's next word for as long as it has said."""
+        if not self.leader:
+            self._bounded.timeout_s = others_ms / 1000 if others_ms else None
+            self._bounded.renew()
 
     def carrier(self, device: torch.device) -> torch.device:
         """The device on which the group can send what lies on `device`: itself if possible."""
@@ -118,7 +132,7 @@ class Exchange:
             torch.tensor(status, dtype=torch.uint8, device=self._device)
         )
         answers = [bytes(tensor.tolist()) for tensor in everyone]
-        self._heard(int.from_bytes(answers[0][-_SECONDS_BYTES:], "big"))
+        self._adopt_timeout(int.from_bytes(answers[0][-_SECONDS_BYTES:], "big"))
         lengths = [int.from_bytes(answer[:_LENGTH_BYTES], "big") for answer in answers]
         if any(lengths):
             own = torch.tensor(
@@ -151,7 +165,7 @@ class Exchange:
         )
         self._bounded.broadcast(word)
         count, others_ms = word.tolist()
-        self._heard(others_ms)
+        self._adopt_timeout(others_ms)
         if count == _NOTHING:
             return None
         content = torch.empty(count, dtype=torch.uint8, device=self._device)
@@ -205,8 +219,9 @@ class Exchange:
         return self._bounded.call(lambda: tensor.full_tensor().contiguous(), tensor.device)
 
 
-def _milliseconds(seconds: float) -> int:
-    return max(1, int(seconds * 1000))
+def _milliseconds(seconds: float | None) -> int:
+    """0 for None."""
+    return 0 if seconds is None else max(1, int(seconds * 1000))
 
 
 def _described(failure: Exception) -> bytes:

@@ -68,8 +68,8 @@ class GatheringSource(abc.ABC):
     def _structure_holds(self) -> bool:
         """Whether `_read` would give the same objects again; no Python per tensor."""
 
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """See `Source`."""
+    def set_timeout(self, timeout_s: float, others_s: float | None) -> None:
+        """See `BoundedSource`."""
         if self._exchange is not None:
             self._exchange.set_timeout(timeout_s, others_s)
 
@@ -96,6 +96,7 @@ class GatheringSource(abc.ABC):
                 self._exchange.agree(failure, self._digest)
             except Exception:
                 self._addresses = None
+                self._exchange.forget_timeout()
                 raise
         assert self._snapshot is not None
         return self._snapshot
@@ -205,10 +206,12 @@ class GatheringSource(abc.ABC):
             for arrived in arriving:
                 arrived.reverse()
                 while arrived:
-                    yield arrived.pop()
+                    with self._exchange.in_other_hands():
+                        yield arrived.pop()
         except GeneratorExit:
             # The taker has ended by itself; the others learn what failed.
             with contextlib.suppress(PackedCommError):
+                self._exchange.begin("gather")
                 for _ in arriving:
                     pass
                 self._exchange.agree(rounds.failure)

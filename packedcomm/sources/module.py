@@ -83,9 +83,6 @@ class ModuleSource:
         self._addresses: AddressRecord | None = None
         self._made: tuple[tuple[Part, ...], ...] | None = None
 
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """See `Source`: there is one process."""
-
     def snapshot(self) -> Snapshot:
         """See `Source`."""
         if self._snapshot is not None and self._unchanged():

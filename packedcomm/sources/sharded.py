@@ -73,9 +73,6 @@ class ShardedSource:
         self._structure: MappingRecord | None = None
         self._addresses: AddressRecord | None = None
 
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """See `Source`: there is one process."""
-
     def snapshot(self) -> Snapshot:
         """See `Source`.
 

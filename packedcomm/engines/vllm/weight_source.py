@@ -52,9 +52,6 @@ class WeightSourceAdapter:
         if self._snapshot is None or self._snapshot.manifest != manifest:
             self._snapshot = Snapshot(manifest, None)
 
-    def set_timeout(self, timeout_s: float, others_s: float) -> None:
-        """See `Source`: vLLM has no way to bound it."""
-
     def snapshot(self) -> Snapshot:
         """See `Source`."""
         if self._snapshot is None:
