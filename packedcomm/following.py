@@ -13,7 +13,7 @@ import torch
 from packedcomm.completion import await_cause, measured, wait_for_device
 from packedcomm.decisions import Decisions
 from packedcomm.endpoints import Target, TargetChooser, is_target
-from packedcomm.errors import ArgumentError, ContextLost, ProtocolError, summary
+from packedcomm.errors import ArgumentError, ContextLost, ProtocolError, RemoteError, summary
 from packedcomm.events import ChunkMoved, TransferFinished
 from packedcomm.holding import Vote, Writing
 from packedcomm.manifest import Manifest
@@ -30,7 +30,7 @@ from packedcomm.session.messages import (
     Region,
     Staged,
 )
-from packedcomm.session.states import SyncState
+from packedcomm.session.states import AT_END, AT_REST, SyncState
 from packedcomm.shown_digests import ShownDigests
 from packedcomm.targets.staged import StagedTarget
 from packedcomm.transports.broadcast import abort_on_failure
@@ -146,6 +146,25 @@ class Following:
             raise
         # The sender has heard that it is committed.
         return self._counted(message, *received)
+
+    def clear_up(self) -> None:
+        """Before the next sync: do what an interrupt has left undone of the end of the last one.
+
+        Raises:
+            ContextLost: the communicator can't be given up.
+        """
+        session = self._session
+        if session.state in AT_REST | AT_END:
+            return
+        session.fail(RemoteError("interrupted in the middle of a sync"))
+        try:
+            if session.state is SyncState.MOVING:
+                session.drop_communicator("a sync was interrupted")
+        except ContextLost as lost:
+            session.fail(lost, ended=True)
+            raise
+        finally:
+            self.decisions.settle()
 
     def plan_ahead(self, offer: Offer) -> None:
         """Plan the next sync of what was offered, where a chooser knows its target already. Never

@@ -33,7 +33,7 @@ from packedcomm.session.messages import (
     Verify,
 )
 from packedcomm.session.remote_errors import combined
-from packedcomm.session.states import SyncState
+from packedcomm.session.states import AT_END, AT_REST, SyncState
 from packedcomm.sources import Snapshot
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.sending import Sending
@@ -110,11 +110,20 @@ class Leading:
 
     def assemble(self, seconds: dict[str, float]) -> None:
         """Have a communicator of exactly the receivers that are there."""
+        self._clear_up()
         begin = time.perf_counter()
         before = self._session.generation
         self._session.wait()
         if self._session.generation != before:
             seconds["connect"] = time.perf_counter() - begin
+
+    def _clear_up(self) -> None:
+        """Do what an interrupt has left undone of the end of the sync before, whoever's it was."""
+        session = self._session
+        if session.state not in AT_REST | AT_END:
+            error = RemoteError("interrupted in the middle of a sync")
+            session.fail_sync(error, decided=session.decided == session.last_sync)
+        self._under_way = False
 
     def failed_here(self, error: Exception) -> None:
         """The source has failed while data moves: whatever the receivers say, they aren't why, for
@@ -301,6 +310,7 @@ class Leading:
 
     def announce_no_change(self, version: int, since: int) -> None:
         """Let every receiver show a version without data, of the weights of version `since`."""
+        self._clear_up()
         self._session.wait()
         if self._session.generation != self._session.committed_generation:
             raise SessionStateError("no_change: receivers have come or gone since the last sync")

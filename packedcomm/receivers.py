@@ -114,6 +114,7 @@ class WeightReceiver:
         if self._thread is not None:
             raise SessionStateError("receive: a thread of this receiver is receiving already")
         with self.session.exclusive("receive"), self._answering():
+            self._following.clear_up()
             message = self._next(timeout_s, since)
             if message is None:
                 raise DeadlineExceeded(f"no sync has begun within {timeout_s:.3g} s")

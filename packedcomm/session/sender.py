@@ -269,6 +269,11 @@ class SenderSession(Dialogue):
         self._syncs += 1
         return self._syncs
 
+    @property
+    def last_sync(self) -> int:
+        """The number of the last sync that was begun; 0 before the first one."""
+        return self._syncs
+
     def fail_sync(
         self, error: BaseException, *, transport_too: bool = True, decided: bool = False
     ) -> None:

@@ -27,8 +27,9 @@ from packedcomm import (
     senders,
 )
 from packedcomm.errors import DeadlineExceeded, PackedCommError, RemoteError
-from packedcomm.session import base, dialogue, receiver_channel
+from packedcomm.session import base, dialogue, hearing, inbox, receiver_channel
 from packedcomm.session import receiver as receiver_session
+from packedcomm.session.states import SyncState
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.interrupts import Interrupt
 from tests.helpers.sessions import QUICK
@@ -36,8 +37,8 @@ from tests.helpers.sessions import QUICK
 # What a sync may take after an interrupt; nobody may be waited for until its deadline.
 SOON_S = 3.0
 
-SENDER = (senders, leading, dialogue)
-RECEIVER = (receivers, following, decisions, holding, receiver_session)
+SENDER = (senders, leading, dialogue, hearing)
+RECEIVER = (receivers, following, decisions, holding, receiver_session, inbox)
 
 
 class Pair:
@@ -320,3 +321,89 @@ def test_a_receiver_says_again_what_the_sender_lost_to_an_interrupt():
         assert losing.lost is not None
         assert len(session.members) == 2
         came[0].close()
+
+
+@pytest.mark.parametrize("where", ["_cause", "settle"])
+def test_a_receiver_interrupted_while_it_clears_up_takes_part_in_the_next_sync(where):
+    with sessions(1) as (session, (end,)):
+        calls = []
+
+        def take(version, items):
+            calls.append(version)
+            if version == 1:
+                raise ValueError("not this one")
+
+        sender = FullWeightSender({"w": torch.ones(1000)}, session)
+        receiver = WeightReceiver(take, end)
+        assert Round(sender.sync, [receiver]).received[0].version == 0
+        owner = receiver._following if where == "_cause" else receiver._following.decisions
+        original = getattr(owner, where)
+
+        def interrupted(*_):
+            setattr(owner, where, original)
+            raise KeyboardInterrupt
+
+        setattr(owner, where, interrupted)
+        raised = []
+
+        def receive():
+            for _ in range(4):
+                try:
+                    if receiver.receive(20).version == 2:
+                        return
+                except BaseException as error:  # noqa: BLE001 - it is what the test looks at
+                    raised.append((type(error), end.state))
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(PackedCommError):
+            sender.sync(1)
+        assert sender.sync(2).version == 2
+        assert time.monotonic() - begin < SOON_S
+        thread.join(20)
+        assert not thread.is_alive()
+        assert raised[0] == (KeyboardInterrupt, SyncState.MOVING)
+        assert calls == [0, 1, 2]
+
+
+def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync():
+    with sessions(1) as (session, (end,)):
+        live = {"w": torch.zeros(1000)}
+        sender = FullWeightSender({"w": torch.ones(1000)}, session)
+        receiver = WeightReceiver(TensorTarget(live), end)
+        assert Round(sender.sync, [receiver]).received[0].version == 0
+        other = FullWeightSender({"w": torch.full((1000,), 2.0)}, session)
+        fail_sync = session.fail_sync
+
+        def interrupted(*_, **__):
+            session.fail_sync = fail_sync
+            raise KeyboardInterrupt
+
+        def fail(*_):
+            del sender._leading.verify
+            raise ValueError("in the middle")
+
+        sender._leading.verify = fail
+        session.fail_sync = interrupted
+        received = []
+
+        def receive():
+            for _ in range(4):
+                try:
+                    received.append(receiver.receive(20).version)
+                except PackedCommError as error:
+                    received.append(type(error))
+                if received[-1] == 5:
+                    return
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            sender.sync(1)
+        assert session.state is SyncState.MOVING
+        # Another sender of the session finds it so.
+        assert other.sync(5).version == 5
+        thread.join(20)
+        assert received == [RemoteError, 5]
+        assert live["w"].eq(2).all()
