@@ -77,6 +77,18 @@ def adapter_target(model: Any, vllm_config: Any, device: torch.device, name: str
     return _EngineAdapters.of(manager).target(name, device)
 
 
+def fill_adapters_again(model: Any) -> None:
+    """Fill the slots of all adapters that were received, where their contents were lost; on a GPU
+    enqueued on the current stream.
+
+    Args:
+        model: the worker's.
+    """
+    found = getattr(getattr(model, "lora_manager", None), _ATTRIBUTE, None)
+    if isinstance(found, _EngineAdapters):
+        found.fill_again()
+
+
 # Numbers of one adapter that are remembered: some callers make a new one for every request.
 _KEPT_IDS = 256
 
@@ -196,6 +208,12 @@ class _EngineAdapters:
                     for module in self._manager.modules.values():
                         module.reset_lora(slot)
             live.fill(slot)
+
+    def fill_again(self) -> None:
+        """Bring every adapter that was received to where vLLM has it, whatever is there."""
+        for name, live in self._live.items():
+            for adapter_id in self._ids.get(name, ()) if live.received else ():
+                live.fill(self._slot(adapter_id))
 
     def target(self, name: str, device: torch.device) -> StagedTarget:
         if name not in self._ids:

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from packedcomm.endpoints import Target
 from packedcomm.engines.vllm import READ, TESTED, release_of
-from packedcomm.engines.vllm.adapters import adapter_target
+from packedcomm.engines.vllm.adapters import adapter_target, fill_adapters_again
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError
@@ -84,6 +84,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         # vLLM sets `model` to a draft model for the time of an update of that.
         self._main_model = model
         self._main_config: Any = vllm_config.model_config
+        self._slots_lost = False
         self.result: SyncResult | None = None
         """What this worker has received last."""
 
@@ -118,6 +119,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for (_, adapter), receiver in self._receivers.items():
             if not adapter:
                 receiver.lose_weights()
+        self._slots_lost = True
 
     def start_weight_update(self) -> None:
         """Nothing: what an update needs is known when it is offered."""
@@ -152,7 +154,14 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
         if self.result is None:
             raise SessionStateError("update: the trainer has closed the session")
+        if request.kind == "adapter":
+            logger.info("version %s of adapter %r", self.result.version, request.adapter)
+            return
         logger.info("version %s: %s", self.result.version, weights.way)
+        if self._slots_lost and self.model is self._main_model:
+            # Those of adapters are among what a sleeping engine gives up; vLLM fills none of them.
+            fill_adapters_again(self.model)
+            self._slots_lost = False
 
     def _receiver(self, request: UpdateRequest, weights: ModelWeights) -> WeightReceiver:
         """The one that keeps what was agreed on for this model or this adapter."""
