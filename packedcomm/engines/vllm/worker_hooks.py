@@ -13,9 +13,13 @@ from packedcomm.engines.vllm.outcome import agree_on, workers
 __all__ = ["install_worker_hooks"]
 
 _STARTS = ("start_weight_update", "start_draft_weight_update")
-_ENDS = ("finish_weight_update", "shutdown_weight_transfer_engine")
+_SHUTDOWN = ("shutdown_weight_transfer_engine",)
+_FINISH = ("finish_weight_update",)
 # Of these nobody's succeeds before everybody is called, whatever server they belong to.
 _JOINT = ("init_weight_transfer_engine", "update_weights")
+
+# Of a worker: that its update has failed, here or elsewhere.
+_OVER = "_packedcomm_update_over"
 
 # From this level on a sleeping engine's weights are lost, and not kept on the host.
 _LOST = 2
@@ -26,7 +30,13 @@ def install_worker_hooks() -> None:
     itself refuses it; and tell their engines, before an update begins, `begin_anew`, and when the
     contents of the weights are lost, `lose_contents`. Idempotent."""
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
-    for names, around in ((_STARTS, _start), (_ENDS, _call_here), (_JOINT, _call)):
+    around_names = (
+        (_STARTS, _start),
+        (_JOINT, _call),
+        (_FINISH, _finish),
+        (_SHUTDOWN, _call_here),
+    )
+    for names, around in around_names:
         for name in names:
             if hasattr(worker, name):
                 wrap(worker, name, around)
@@ -39,15 +49,23 @@ def _start(original: Callable[..., Any], worker: Any, *arguments: Any, **options
     draft model."""
     if _is_ours(worker):
         worker._weight_update_active = False
+        vars(worker).pop(_OVER, None)
         worker.weight_transfer_engine.begin_anew()
+    return _call_here(original, worker, *arguments, **options)
+
+
+def _finish(original: Callable[..., Any], worker: Any, *arguments: Any, **options: Any) -> Any:
+    """An update that has failed on another server's workers is over here too, though this server's
+    caller hasn't heard of it: only the last worker of all has raised."""
+    if vars(worker).pop(_OVER, False) and _spans_servers(worker):
+        return None
     return _call_here(original, worker, *arguments, **options)
 
 
 def _call_here(original: Callable[..., Any], worker: Any, *arguments: Any, **options: Any) -> Any:
     """As `_call`, but where vLLM's group has the workers of other servers too, which may be called
     at another time or not at all, nobody waits for them."""
-    group = workers()
-    if group is not None and group.world_size > worker.parallel_config.world_size:
+    if _spans_servers(worker):
         return original(*arguments, **options)
     return _call(original, worker, *arguments, **options)
 
@@ -63,7 +81,14 @@ def _call(original: Callable[..., Any], worker: Any, *arguments: Any, **options:
     finally:
         if not done:
             worker._weight_update_active = False
+            setattr(worker, _OVER, True)
     return None
+
+
+def _spans_servers(worker: Any) -> bool:
+    """Whether vLLM's group has the workers of other servers of one deployment, too."""
+    group = workers()
+    return group is not None and bool(group.world_size > worker.parallel_config.world_size)
 
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1, **options: Any) -> Any:
