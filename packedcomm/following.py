@@ -251,9 +251,10 @@ class Following:
                 # Others may still be asked.
                 allowed += session.settings.agree_timeout_s
             session.chunk = 0
+            # Before data can be under way: what a sync that is given up untouched goes back to.
+            self._held_before = self.decisions.holding
             session.phases.enter(SyncState.MOVING, allowed)
             group.set_timeout(allowed)
-            self._held_before = self.decisions.holding
             if staged:
                 pairs = target.staged_pairs(manifest)
                 writing = Writing(manifest, lambda: [pair.live for pair in pairs], whole)

@@ -120,7 +120,7 @@ class Leading:
     def _clear_up(self) -> None:
         """Do what an interrupt has left undone of the end of the sync before, whoever's it was."""
         session = self._session
-        if session.state not in AT_REST | AT_END:
+        if self._under_way or session.state not in AT_REST | AT_END:
             error = RemoteError("interrupted in the middle of a sync")
             session.fail_sync(error, decided=session.decided == session.last_sync)
         self._under_way = False

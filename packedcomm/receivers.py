@@ -246,6 +246,7 @@ class WeightReceiver:
         doesn't end it while the session lasts."""
         try:
             with self.session.exclusive("receive"), self._answering():
+                self._following.clear_up()
                 message = self._next(_LOOK_S)
                 if message is None:
                     return True
@@ -257,10 +258,15 @@ class WeightReceiver:
                 raise
             # Its frames hold buffers, and status() may hold it for long.
             traceback.clear_frames(error.__traceback__)
-            again = type(self._error) is type(error) is DeadlineExceeded
+            again = type(self._error) is type(error) and isinstance(
+                error, (DeadlineExceeded, SessionStateError)
+            )
             self._note_error(error)
             if not again:
                 logger.warning("a sync failed, the receiver goes on: %s", error)
+            if isinstance(error, SessionStateError):
+                # Another thread may have the session for long.
+                time.sleep(_LOOK_S)
             return True
         if result is None:
             return False

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,10 @@ class SessionEnd(Ending):
         """
         if self._ended is not None:
             return SessionStateError(f"{self._role}: {self._ended}")
-        if self._pumping.acquire(blocking=False):
-            try:
+        # By a `with`, which no interrupt leaves locked. An end that is being closed hears no more.
+        if not self._pumping.locked():
+            with suppress(SessionStateError), self._pumping:
                 self._take_and_beat(0.0)
-            except SessionStateError:
-                pass  # it is being closed
-            finally:
-                self._pumping.release()
         return self.phases.interruption or self._failed()
 
     @abc.abstractmethod
@@ -142,12 +139,13 @@ class SessionEnd(Ending):
             SessionStateError: another thread is in the middle of one.
         """
         mine = (threading.current_thread(), operation)
-        # One instruction, so that only one thread has it.
-        thread, other = self._users.setdefault("session", mine)
-        if thread is not mine[0] and thread.is_alive():
+        # One instruction, so that only one thread has it. What an interrupt has left of this
+        # thread's own is taken over.
+        user = self._users.setdefault("session", mine)
+        if user[0] is not mine[0]:
             raise SessionStateError(
-                f"{operation} on {self._role}: thread {thread.name!r} is in the middle of {other}: "
-                "a session belongs to one thread at a time"
+                f"{operation} on {self._role}: thread {user[0].name!r} is in the middle of "
+                f"{user[1]}: a session belongs to one thread at a time"
             )
         try:
             yield

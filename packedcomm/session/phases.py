@@ -12,7 +12,7 @@ from typing import Any
 
 from packedcomm.errors import ArgumentError, DeadlineExceeded, PackedCommError, SessionStateError
 from packedcomm.session.flight import FlightRecord
-from packedcomm.session.states import AT_END, AT_REST, SyncState, next_state
+from packedcomm.session.states import AT_REST, SyncState, next_state
 
 __all__ = ["Phase", "Phases", "deadline_after"]
 
@@ -104,8 +104,7 @@ class Phases:
     def rest(self) -> None:
         """After a failed sync: back to the state of rest that it began in. After the end of the
         session nothing happens."""
-        if self._present.state not in AT_END:
-            self.enter(self._rest)
+        self.settle(self._rest)
 
     def interrupt(self, phase: Phase, error: PackedCommError) -> bool:
         """Cut a phase short, if it is still the present one and nothing has done so yet; whether

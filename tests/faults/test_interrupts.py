@@ -367,7 +367,10 @@ def test_a_receiver_interrupted_while_it_clears_up_takes_part_in_the_next_sync(w
         assert calls == [0, 1, 2]
 
 
-def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync():
+@pytest.mark.parametrize(
+    ("stage", "state"), [("verify", SyncState.MOVING), ("move", SyncState.AGREED)]
+)
+def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync(stage, state):
     with sessions(1) as (session, (end,)):
         live = {"w": torch.zeros(1000)}
         sender = FullWeightSender({"w": torch.ones(1000)}, session)
@@ -381,10 +384,10 @@ def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync():
             raise KeyboardInterrupt
 
         def fail(*_):
-            del sender._leading.verify
+            delattr(sender._leading, stage)
             raise ValueError("in the middle")
 
-        sender._leading.verify = fail
+        setattr(sender._leading, stage, fail)
         session.fail_sync = interrupted
         received = []
 
@@ -401,9 +404,50 @@ def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync():
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             sender.sync(1)
-        assert session.state is SyncState.MOVING
+        assert session.state is state
         # Another sender of the session finds it so.
         assert other.sync(5).version == 5
         thread.join(20)
         assert received == [RemoteError, 5]
         assert live["w"].eq(2).all()
+
+
+def test_an_agreement_of_which_nobody_was_told_the_end_is_ended_by_the_next_sync():
+    with sessions(1) as (session, (end,)):
+        live = {"w": torch.zeros(1000)}
+        sender = FullWeightSender({"w": torch.ones(1000)}, session)
+        receiver = WeightReceiver(TensorTarget(live), end)
+        assert Round(sender.sync, [receiver]).received[0].version == 0
+        fail_sync, remember = session.fail_sync, sender._leading._remember
+
+        def interrupted(*_, **__):
+            session.fail_sync = fail_sync
+            raise KeyboardInterrupt
+
+        def fail(*_):
+            sender._leading._remember = remember
+            raise ValueError("once all have agreed")
+
+        sender._leading._remember = fail
+        session.fail_sync = interrupted
+        received = []
+
+        def receive():
+            for _ in range(3):
+                try:
+                    received.append(receiver.receive(20).version)
+                except PackedCommError as error:
+                    received.append(type(error))
+                if received[-1] == 1:
+                    return
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            sender.sync(1)
+        assert session.state is SyncState.COMMITTED
+        begin = time.monotonic()
+        assert sender.sync(1).version == 1
+        assert time.monotonic() - begin < SOON_S
+        thread.join(20)
+        assert received == [RemoteError, 1]
