@@ -38,7 +38,8 @@ class Thread(threading.Thread):
     ) -> None:
         super().__init__(target=target, name=name, args=args, daemon=daemon)
         self._let_end = let_end
-        # Held until it has ended.
+        self._through = False
+        # Held until it is.
         self._running = threading.Lock()
         self._running.acquire()
 
@@ -59,10 +60,14 @@ class Thread(threading.Thread):
             super().run()
         finally:
             _in_torch.pop(self, None)
+            self._through = True
             self._running.release()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the thread has ended, for so many seconds at most."""
+        # One that is interrupted in between leaves the lock, and nobody needs it any more.
+        if self._through:
+            return
         if self._running.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
             self._running.release()
 
