@@ -31,6 +31,7 @@ from packedcomm.session.messages import Cancel, Close, Commit, Message, NoChange
 from packedcomm.session.phases import deadline_after
 from packedcomm.session.remote_errors import remote_error
 from packedcomm.session.states import AT_END, AT_REST, SyncState
+from packedcomm.threads import Thread
 
 __all__ = ["OnWeights", "WeightReceiver"]
 
@@ -174,9 +175,7 @@ class WeightReceiver:
                 raise SessionStateError(f"start: the receiver is {self._end}")
             if self._thread is not None:
                 raise SessionStateError("start: the receiver was started already")
-            self._thread = threading.Thread(
-                target=self._run, args=(on_update,), name="packedcomm-receiver", daemon=True
-            )
+            self._thread = Thread(self._run, "packedcomm-receiver", (on_update,))
         self._thread.start()
 
     def status(self) -> ReceiverStatus:

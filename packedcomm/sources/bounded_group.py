@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from packedcomm.errors import (
     SessionStateError,
     summary,
 )
+from packedcomm.threads import Thread
 
 __all__ = ["BoundedGroup", "Transfers"]
 
@@ -233,7 +233,8 @@ class BoundedGroup:
             except Exception as error:  # noqa: BLE001  (raised by the caller)
                 outcomes.put((None, error))
 
-        threading.Thread(target=run, name="packedcomm-source", daemon=True).start()
+        # Nothing lets it end: it is only waited for when the interpreter ends.
+        Thread(run, "packedcomm-source", let_end=lambda: None).start()
         try:
             remaining = self._remaining()
             timeout_s = None if remaining is None else remaining.total_seconds()

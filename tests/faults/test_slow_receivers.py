@@ -14,11 +14,11 @@ from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, We
 from packedcomm.communicators.gloo import GlooCommunicator
 from packedcomm.errors import DeadlineExceeded, RemoteError
 from packedcomm.sources import DTensorSource, gathering
-from packedcomm.sources.bounded_group import BoundedGroup
 from tests.helpers.operations import raised
 from tests.helpers.peers import PATIENT, SECRET
 from tests.helpers.ranks import pipes, run_ranks
 from tests.helpers.sharded_models import join
+from tests.helpers.slow_rounds import slow_rounds
 
 LEADER, TRAINER, RECEIVER = range(3)
 TENSORS, SHAPE = 12, (60, 4096)
@@ -34,17 +34,6 @@ SETTINGS = replace(
 )
 
 
-def _slow_rounds():
-    """Let each round of a gather take some time, as a slow network does."""
-    real = BoundedGroup.start
-
-    def start(self, operations):
-        time.sleep(ROUND_S)
-        return real(self, operations)
-
-    BoundedGroup.start = start
-
-
 def _sync(rank, world_size, store, meeting):
     if rank == RECEIVER:
         return _receive(meeting)
@@ -52,7 +41,7 @@ def _sync(rank, world_size, store, meeting):
     # Every tensor is a round of its own.
     gathering._ROUND_BYTES = 1 << 19
     if rank == TRAINER:
-        _slow_rounds()
+        slow_rounds(ROUND_S)
     mesh = init_device_mesh("cpu", (2,))
     tensors = {
         f"w{index}": distribute_tensor(torch.ones(SHAPE), mesh, [Shard(0)])

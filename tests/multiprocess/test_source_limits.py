@@ -12,10 +12,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from packedcomm.errors import DeadlineExceeded, RemoteError
 from packedcomm.sources import DTensorSource, Rename, gathering
-from packedcomm.sources.bounded_group import BoundedGroup
 from tests.helpers.operations import raised
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sharded_models import join
+from tests.helpers.slow_rounds import slow_rounds
 
 TENSORS = 6
 GATHER_S = 1.5
@@ -34,21 +34,11 @@ def _source(**options):
     return DTensorSource(tensors, **options)
 
 
-def _slow_rounds():
-    real = BoundedGroup.start
-
-    def start(self, operations):
-        time.sleep(ROUND_S)
-        return real(self, operations)
-
-    BoundedGroup.start = start
-
-
 def _slow_taker(rank, world_size, store, task):
     """The leader's taker needs longer for one item than a gather may take."""
     join(rank, 2, store)
     if rank == 1:
-        _slow_rounds()
+        slow_rounds(ROUND_S)
     source = _source()
     source.set_timeout(GATHER_S, 20.0)
     snapshot = source.snapshot()
