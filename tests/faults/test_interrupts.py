@@ -367,6 +367,15 @@ def test_a_receiver_interrupted_while_it_clears_up_takes_part_in_the_next_sync(w
         assert calls == [0, 1, 2]
 
 
+def receive_until(receiver, version, received):
+    """Versions, and classes of errors, up to a version or the third error."""
+    while version not in received and len(received) < 3:
+        try:
+            received.append(receiver.receive(20).version)
+        except PackedCommError as error:
+            received.append(type(error))
+
+
 @pytest.mark.parametrize(
     ("stage", "state"), [("verify", SyncState.MOVING), ("move", SyncState.AGREED)]
 )
@@ -391,16 +400,7 @@ def test_a_sender_interrupted_while_it_clears_up_goes_on_with_the_next_sync(stag
         session.fail_sync = interrupted
         received = []
 
-        def receive():
-            for _ in range(4):
-                try:
-                    received.append(receiver.receive(20).version)
-                except PackedCommError as error:
-                    received.append(type(error))
-                if received[-1] == 5:
-                    return
-
-        thread = threading.Thread(target=receive)
+        thread = threading.Thread(target=receive_until, args=(receiver, 5, received))
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             sender.sync(1)
@@ -432,16 +432,7 @@ def test_an_agreement_of_which_nobody_was_told_the_end_is_ended_by_the_next_sync
         session.fail_sync = interrupted
         received = []
 
-        def receive():
-            for _ in range(3):
-                try:
-                    received.append(receiver.receive(20).version)
-                except PackedCommError as error:
-                    received.append(type(error))
-                if received[-1] == 1:
-                    return
-
-        thread = threading.Thread(target=receive)
+        thread = threading.Thread(target=receive_until, args=(receiver, 1, received))
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             sender.sync(1)
