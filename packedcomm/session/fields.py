@@ -31,19 +31,24 @@ UNIQUE_ID_BYTES = 128
 # More phases than a sync will ever be timed by.
 MAX_PHASES = 64
 
+_tensor_name = text(DEFAULTS.max_name_bytes, 1)
+_phase_name = text(64, 1)
+_count = integer(0, MOST)
+_seconds = finite(0.0)
+
 
 def _changes(value: Any) -> str | None:
     if type(value) is not dict or len(value) > DEFAULTS.max_tensors:
         return f"must map at most {DEFAULTS.max_tensors:,} names to ChangeStatistics"
     for name, change in value.items():
-        if problem := text(DEFAULTS.max_name_bytes, 1)(name):
+        if problem := _tensor_name(name):
             return f"name {problem}"
         if type(change) is not ChangeStatistics:
             return f"{name!r:.80} must have ChangeStatistics"
         # Weights may hold NaN and infinity, and so may what is computed from them.
         if any(type(n) is not float for n in (change.mean, change.std, change.maximum)):
             return f"{name!r:.80} must have three floats"
-        if problem := integer(0, MOST)(change.elements):
+        if problem := _count(change.elements):
             return f"{name!r:.80} elements {problem}"
     return None
 
@@ -52,16 +57,16 @@ def _phases(value: Any) -> str | None:
     if type(value) is not dict or len(value) > MAX_PHASES:
         return f"must map at most {MAX_PHASES} names to seconds"
     for name, seconds in value.items():
-        if problem := text(64, 1)(name) or finite(0.0)(seconds):
+        if problem := _phase_name(name) or _seconds(seconds):
             return f"{name!r:.80} {problem}"
     return None
 
 
-Count = Annotated[int, integer(0, MOST)]
+Count = Annotated[int, _count]
 Version = Annotated[int, integer(-MOST, MOST)]
 ShortText = Annotated[str, text(4096)]
 LongText = Annotated[str, text(1 << 18)]
-Extents = Annotated[tuple[int, ...], tuple_of(integer(0, MOST), DEFAULTS.max_dimensions)]
+Extents = Annotated[tuple[int, ...], tuple_of(_count, DEFAULTS.max_dimensions)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,11 @@ def _region(value: Any) -> str | None:
     return None if type(value) is Region else "must be a Region"
 
 
+_all_regions = tuple_of(_region, DEFAULTS.max_tensors)
+
+
 def _regions(value: Any) -> str | None:
-    return None if value is None else tuple_of(_region, DEFAULTS.max_tensors)(value)
+    return None if value is None else _all_regions(value)
 
 
 Regions = Annotated[tuple[Region, ...] | None, _regions]
