@@ -17,8 +17,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 demo: $(VENV)/.built
 	$(BIN)/python -m packedcomm demo
 
+# Two at a time: most tests wait for processes that do nothing.
 test: $(VENV)/.built peers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What peers may send, mutated for FUZZ_SECONDS; inputs that break a check are left in build/fuzz.
 fuzz: $(VENV)/.fuzz

@@ -46,6 +46,7 @@ class BoundedStore:
         open_store: Callable[[], TCPStore],
         deadline: float,
         check: Callable[[], None] | None = None,
+        let_go: Callable[[], None] | None = None,
     ) -> None:
         """Open the store.
 
@@ -53,6 +54,8 @@ class BoundedStore:
             open_store: makes the TCPStore, on the thread.
             deadline: when to give up, by `time.monotonic`.
             check: called every 50 ms meanwhile; what it raises gives up, too.
+            let_go: makes `open_store` return when it was given up, so that nothing of it is left
+                when this raises.
 
         Raises:
             TimeoutError: the store wasn't open by the deadline.
@@ -73,6 +76,9 @@ class BoundedStore:
             self._call(open_here, max(0.0, deadline - time.monotonic()), check)
         except BaseException:
             self.close()
+            if let_go is not None:
+                let_go()
+                self._thread.join(ANSWER_S)
             raise
 
     @classmethod

@@ -134,13 +134,7 @@ class NcclCommunicator(NcclOperations):
         parsed = _parse_unique_id(uid)
         gpu = _checked_device(device)
         library = find_nccl(settings)
-        in_time = _deadline_check(rank, world_size, library, timeout_s)
-
-        def look() -> None:
-            in_time()
-            if check is not None:
-                check()
-
+        look = _deadline_check(rank, world_size, library, timeout_s, check)
         return cls._join(library, parsed, rank, world_size, gpu, settings, look)
 
     @classmethod
@@ -155,6 +149,7 @@ class NcclCommunicator(NcclOperations):
         timeout_s: float = DEFAULTS.connect_timeout_s,
         settings: Settings = DEFAULTS,
         listener: Listener | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Self:
         """Connect as stock vLLM's weight-transfer group does; the other ranks may be stock vLLM.
 
@@ -171,6 +166,8 @@ class NcclCommunicator(NcclOperations):
             timeout_s: deadline for the whole, in seconds.
             settings: as for `connect`.
             listener: on rank 0, used and taken over instead of binding `host` and `port`.
+            check: called every 50 ms meanwhile; what it raises gives the connecting up, and rank
+                0's port is free then.
 
         Raises:
             RendezvousTimeout: not every rank arrived in time; the message says how many did.
@@ -186,13 +183,14 @@ class NcclCommunicator(NcclOperations):
             deadline = time.monotonic() + timeout_s
             gpu = _checked_device(device)
             library = find_nccl(settings)
-        check = _deadline_check(rank, world_size, library, deadline - time.monotonic())
+        remaining = deadline - time.monotonic()
+        look = _deadline_check(rank, world_size, library, remaining, check)
         with exchange_unique_id(
-            address, rank, world_size, deadline, library.unique_id, listener
+            address, rank, world_size, deadline, library.unique_id, listener, check
         ) as unique_id:
-            joined = cls._join(library, unique_id, rank, world_size, gpu, settings, check)
+            joined = cls._join(library, unique_id, rank, world_size, gpu, settings, look)
         with joined._ending_on_error():
-            joined._warm_up(check)
+            joined._warm_up(look)
         return joined
 
     @classmethod
@@ -294,12 +292,19 @@ def _parse_unique_id(uid: bytes | str) -> bytes:
 
 
 def _deadline_check(
-    rank: int, world_size: int, library: _native.NcclLibrary, timeout_s: float
+    rank: int,
+    world_size: int,
+    library: _native.NcclLibrary,
+    timeout_s: float,
+    check: Callable[[], None] | None,
 ) -> Callable[[], None]:
-    """What to call while NCCL connects without a rendezvous of ours."""
+    """What to call while NCCL connects without a rendezvous of ours: the caller's own check, and
+    one of the deadline."""
     deadline = time.monotonic() + timeout_s
 
-    def check() -> None:
+    def look() -> None:
+        if check is not None:
+            check()
         if time.monotonic() >= deadline:
             version = ".".join(map(str, library.version))
             raise RendezvousTimeout(
@@ -307,4 +312,4 @@ def _deadline_check(
                 f" (which ones isn't known here; all must run NCCL {version} as this one does)"
             )
 
-    return check
+    return look

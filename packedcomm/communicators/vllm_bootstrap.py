@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -42,6 +43,9 @@ SUFFIX = bytes.fromhex("948694869452942e")
 PROTOCOLS = (4, 5)
 
 POLL_S = 0.01
+
+# How long it may take to tell a server of this process something.
+LET_GO_S = 1.0
 
 
 def encode_unique_id(unique_id: bytes) -> bytes:
@@ -82,6 +86,7 @@ def exchange_unique_id(
     deadline: float,
     make_unique_id: Callable[[], bytes],
     listener: Listener | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[bytes]:
     """Meet the other ranks as vLLM does; yields the unique id.
 
@@ -95,6 +100,8 @@ def exchange_unique_id(
         deadline: by `time.monotonic`.
         make_unique_id: called on rank 0 once all ranks are there.
         listener: on rank 0, used and taken over instead of binding `address`.
+        check: called now and then meanwhile; what it raises gives the meeting up. Rank 0's port is
+            free then.
 
     Raises:
         RendezvousTimeout: rank 0 can't be reached or published nothing, or not all ranks arrived.
@@ -107,15 +114,18 @@ def exchange_unique_id(
         try:
             if rank == 0:
                 bound = listener or Listener.bind(str(address))
-                store = BoundedStore(_server(bound, world_size, deadline), deadline)
+                listening = Address(bound.host, bound.port)
+                open_store = _server(bound, world_size, deadline)
+                let_go = partial(_let_go, listening, world_size)
+                store = BoundedStore(open_store, deadline, check, let_go)
                 stack.callback(store.close)
                 unique_id = make_unique_id()
                 store.set(KEY, encode_unique_id(unique_id))
             else:
-                wait_for_server(address, deadline)
-                store = BoundedStore(_client(address, world_size, deadline), deadline)
+                wait_for_server(address, deadline, check)
+                store = BoundedStore(_client(address, world_size, deadline), deadline, check)
                 stack.callback(store.close)
-                unique_id = decode_unique_id(_wait_for_key(store, deadline))
+                unique_id = decode_unique_id(_wait_for_key(store, deadline, check))
         except PackedCommError:
             raise
         except (TimeoutError, RuntimeError) as error:
@@ -155,8 +165,18 @@ def _client(address: Address, world_size: int, deadline: float) -> Callable[[], 
     )
 
 
-def _wait_for_key(store: BoundedStore, deadline: float) -> bytes:
+def _let_go(server: Address, world_size: int) -> None:
+    """End the wait of a server that was given up: torch's has no other end than its timeout, or
+    that as many as it waits for have come."""
+    with contextlib.suppress(RuntimeError):
+        for _ in range(world_size):
+            _client(server, world_size, time.monotonic() + LET_GO_S)()
+
+
+def _wait_for_key(store: BoundedStore, deadline: float, check: Callable[[], None] | None) -> bytes:
     while (value := store.get(KEY)) is None:
+        if check is not None:
+            check()
         if time.monotonic() >= deadline:
             raise TimeoutError("rank 0 has published no unique id")
         time.sleep(POLL_S)

@@ -140,13 +140,15 @@ class SenderSession(Dialogue):
         may come in its place."""
         deadline = deadline_after(self.settings.connect_timeout_s)
         while not self._begun:
-            self.members.take_out_gone()
             try:
                 self._await_members(wanted, deadline)
             except PackedCommError as error:
                 if self._given_up is None:
                     self._end(SyncState.FAILED, summary(error), in_order=False)
                 raise
+            self.members.take_out_gone()
+            if len(self.members) < wanted:
+                continue
             try:
                 self._assemble()
                 self._begun = True
@@ -217,8 +219,6 @@ class SenderSession(Dialogue):
         begin = time.monotonic()
         try:
             self.drop_communicator("the members of the session have changed")
-            if not self._begun:
-                self.members.take_out_gone()
             self.members.rank_anew()
             members = list(self.members)
             self.world_size = len(members) + 1

@@ -6,6 +6,7 @@ import ctypes
 import pickle
 import socket
 import sys
+import threading
 import time
 from types import ModuleType
 
@@ -166,3 +167,65 @@ def test_a_trainer_that_listens_but_never_serves_is_a_timeout():
         ):
             pass
         assert time.monotonic() - started < 2.0
+
+
+class GivenUpError(Exception):
+    pass
+
+
+def _give_up_after(seconds):
+    end = time.monotonic() + seconds
+
+    def check():
+        if time.monotonic() >= end:
+            raise GivenUpError
+
+    return check
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_meeting_that_is_given_up_frees_the_port(workers):
+    listener = Listener.bind("127.0.0.1:0")
+    address = Address("127.0.0.1", listener.port)
+    for attempt in range(3):
+        started = time.monotonic()
+        # Whoever has come already hears of it: the server has gone.
+        client = _client_of(address, 3) if workers and attempt == 0 else None
+        with (
+            pytest.raises(GivenUpError),
+            exchange_unique_id(address, 0, 3, started + 60.0, bytes, listener, _give_up_after(0.2)),
+        ):
+            pass
+        assert time.monotonic() - started < 2.0
+        listener = Listener.bind(str(address))
+        if client is not None:
+            client.join(5.0)
+            assert not client.is_alive()
+    listener.close()
+
+
+def _client_of(address, world_size):
+    def join():
+        with (
+            pytest.raises(RendezvousTimeout),
+            exchange_unique_id(address, 1, world_size, time.monotonic() + 30.0, bytes),
+        ):
+            pass
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    return thread
+
+
+def test_a_worker_gives_up_waiting_for_a_trainer():
+    started = time.monotonic()
+    with Listener.bind("127.0.0.1:0") as listener:
+        port = listener.port
+    with (
+        pytest.raises(GivenUpError),
+        exchange_unique_id(
+            Address("127.0.0.1", port), 1, 2, started + 60.0, bytes, check=_give_up_after(0.2)
+        ),
+    ):
+        pass
+    assert time.monotonic() - started < 2.0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 
 import pytest
 import torch
 
-from packedcomm import FullWeightSender, GlooCommunicator, Session
+from packedcomm import FullWeightSender, GlooCommunicator, Listener, Session
+from packedcomm.communicators.listener import Address
+from packedcomm.communicators.vllm_bootstrap import exchange_unique_id
 from packedcomm.engines.vllm import stock
 from packedcomm.engines.vllm.client import EngineUpdater, HttpEngine, LocalEngine, RayEngine
 from packedcomm.engines.vllm.markers import marked, unmarked
@@ -19,6 +22,7 @@ from packedcomm.errors import (
     ManifestError,
     PeerLost,
     RemoteError,
+    SessionStateError,
     VersionMismatch,
 )
 from tests.helpers.sessions import QUICK
@@ -337,6 +341,41 @@ def test_a_stock_engine_that_refuses_ends_the_transfer(over_gloo):
             sender.send({"big": torch.zeros(1 << 22)})
         assert sender.group is None
     engine.close()
+
+
+def test_a_stock_engine_that_refuses_leaves_the_port_free(over_gloo, monkeypatch):
+    """vLLM's bootstrap is the real one here, until all workers would have come."""
+    join_over_gloo = stock.NcclCommunicator.from_vllm
+
+    def meet_first(host, port, rank, world_size, *, timeout_s, listener, check, **options):
+        deadline = time.monotonic() + timeout_s
+        address = Address(host, port)
+        with exchange_unique_id(address, rank, world_size, deadline, bytes, listener, check):
+            raise AssertionError("nobody comes")
+
+    with Listener.bind("127.0.0.1:0") as listener:
+        address = listener.address
+    engine = StockEngine("0.32.0", [weights()])
+    join = engine.init_weight_transfer_engine
+
+    def refuse(init_info):
+        raise RuntimeError("[packedcomm:SessionStateError] not now")
+
+    with StockSender(engine, address, device="cpu", settings=QUICK) as sender:
+        engine.init_weight_transfer_engine = refuse
+        monkeypatch.setattr(stock.NcclCommunicator, "from_vllm", staticmethod(meet_first))
+        for _ in range(2):
+            started = time.monotonic()
+            with pytest.raises(SessionStateError, match="^not now"):
+                sender.connect()
+            assert time.monotonic() - started < 2.0
+            assert sender.group is None
+        engine.init_weight_transfer_engine = join
+        monkeypatch.setattr(stock.NcclCommunicator, "from_vllm", staticmethod(join_over_gloo))
+        sender.connect()
+        sender.send(weights(2.0))
+    engine.close()
+    assert torch.equal(engine.target[0]["a.weight"], weights(2.0)["a.weight"])
 
 
 def test_an_nccl_that_does_not_fit_is_named_before_anything_is_called(over_gloo, monkeypatch):

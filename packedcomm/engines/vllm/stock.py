@@ -26,14 +26,13 @@ from packedcomm.errors import (
     PackedCommError,
     SessionStateError,
     VersionMismatch,
+    summary,
 )
 from packedcomm.settings import DEFAULTS, Settings
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.sending import Sending
 
 __all__ = ["StockReceiver", "StockSender", "StockWire"]
-
-_LOOK_S = 0.02
 
 # vLLM's workers return from init when a first all-reduce is done that this side takes part in.
 _CONNECTED_S = 10.0
@@ -135,11 +134,13 @@ class StockSender:
                 **(self.wire.as_dict() if self._settings_in_init else {}),
             }
             first += size
-        # In a thread, which ends by its deadline: nothing else ends it where no worker comes.
-        joining = Calls(
-            "connecting",
-            ["this process"],
-            lambda _: NcclCommunicator.from_vllm(
+        calls = Calls(
+            "init_weight_transfer_engine",
+            self.engines,
+            lambda engine: engine.init_weight_transfer_engine(infos[id(engine)]),
+        )
+        try:
+            group = NcclCommunicator.from_vllm(
                 listener.host,
                 listener.port,
                 0,
@@ -148,15 +149,21 @@ class StockSender:
                 timeout_s=self._settings.connect_timeout_s,
                 settings=self._settings,
                 listener=listener,
-            ),
-        )
-        calls = Calls(
-            "init_weight_transfer_engine",
-            self.engines,
-            lambda engine: engine.init_weight_transfer_engine(infos[id(engine)]),
-        )
-        self._await_group(joining, calls, deadline)
-        self.group = joining.results[0]
+                check=_Watch(calls, self._settings),
+            )
+        except PackedCommError as error:
+            if (failure := calls.failure) is not None and failure is not error:
+                raise failure from error
+            raise
+        try:
+            remaining = deadline + _CONNECTED_S - time.monotonic()
+            if (failure := calls.wait(max(0.0, remaining))) is not None:
+                raise failure
+        except BaseException as error:
+            group.abort(f"connecting failed: {summary(error)}")
+            group.close()
+            raise
+        self.group = group
 
     def send(
         self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], version: str | None = None
@@ -248,27 +255,28 @@ class StockSender:
             raise ArgumentError("an engine doesn't tell its number of workers: give workers")
         return [int(size) for size in sizes]
 
-    def _await_group(self, joining: Calls, calls: Calls, deadline: float) -> None:
-        connected_at: float | None = None
-        while not (joining.done and calls.done):
-            if (failure := calls.failure or joining.failure) is not None:
-                raise failure
-            now = time.monotonic()
-            if calls.done:
-                connected_at = connected_at or now
-                if now - connected_at > _CONNECTED_S:
-                    shown = ".".join(map(str, find_nccl(self._settings).version))
-                    raise VersionMismatch(
-                        "the engines say that they are connected, but take no part in it: "
-                        + _switched_off(shown)
-                    )
-            if now >= deadline + _CONNECTED_S:
-                failure = calls.wait(0.0) or joining.wait(0.0)
-                if failure is not None:
-                    raise failure
-            time.sleep(_LOOK_S)
-        if (failure := calls.failure or joining.failure) is not None:
+
+class _Watch:
+    """Gives the connecting up where the engines' side of it has failed: as it is called."""
+
+    def __init__(self, calls: Calls, settings: Settings) -> None:
+        self._calls = calls
+        self._settings = settings
+        self._connected_at: float | None = None
+
+    def __call__(self) -> None:
+        if (failure := self._calls.failure) is not None:
             raise failure
+        if not self._calls.done:
+            return
+        now = time.monotonic()
+        self._connected_at = self._connected_at or now
+        if now - self._connected_at > _CONNECTED_S:
+            shown = ".".join(map(str, find_nccl(self._settings).version))
+            raise VersionMismatch(
+                "the engines say that they are connected, but take no part in it: "
+                + _switched_off(shown)
+            )
 
 
 class _Abort:
