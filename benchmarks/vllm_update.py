@@ -127,6 +127,13 @@ class Trainer:
         }
         return str(self.session.address)
 
+    def size(self) -> dict[str, int]:
+        """How much is sent, for the record."""
+        return {
+            "tensors": len(self.held),
+            "bytes": sum(tensor.nbytes for tensor in self.held.values()),
+        }
+
     def adapter_digests(self) -> dict[str, list[int]]:
         """What the engine's slot must hold."""
         return adapter_digests(self.held, SCALING)
@@ -161,12 +168,9 @@ class Run:
 
     def __init__(self, name: str, out: Path | None, options: dict[str, Any]) -> None:
         self.config = MODELS[name]
-        nbytes = sum(2 * torch.Size(shape).numel() for shape in shapes(self.config).values())
         self.record: dict[str, Any] = {
             "program": "benchmarks.vllm_update",
             "model": name,
-            "tensors": len(shapes(self.config)),
-            "bytes": nbytes,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.out = out
@@ -325,6 +329,7 @@ def _full(name: str, out: Path | None, rounds: int) -> None:
         }
     )
     run.answer("stock_init")
+    run.record |= run.ask("size")
     run.rounds("stock", "stock_send", body, rounds, 1)
     run.say("engine of the workers", name=run.worker("pc_use", "packedcomm"))
     address = run.ask("listen")
@@ -347,6 +352,7 @@ def _lora(name: str, out: Path | None, rounds: int) -> None:
     base = run.tokens()
     run.llm.llm_engine.add_lora(request)
     address = run.ask("listen_lora")
+    run.record |= run.ask("size")
     run.llm.init_weight_transfer_engine({"init_info": {"address": address}})
     body = {"kind": "adapter", "adapter": _ADAPTER}
     run.rounds("adapter", "sync", body, rounds, 1, lora_request=request)

@@ -108,10 +108,10 @@ class Trainer:
         return generated(self.model) if generate else None
 
 
-def generated(model):
+def generated(model, prompts=PROMPTS):
     """Greedy tokens for each prompt, and their log-probabilities."""
     result = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = torch.tensor([prompt], device=TRAINER)
         out = model.generate(
             input_ids=ids,
