@@ -10,7 +10,8 @@ checked: vLLM's greedy answers are those of the trainer's model, token by token,
 log-probabilities that vLLM reports with its samples, which importance ratios rely on.
 
 Engine and trainer share this process: both are on the CPU or, where there are two GPUs, the engine
-has the first one and the trainer the second. Needs vllm, transformers and peft.
+has the first one and the trainer the second. There vLLM computes with less precision, so that two
+tokens may be equally likely. Needs vllm, transformers and peft.
 """
 
 import argparse
@@ -39,6 +40,10 @@ SAMPLES = 16  # answers to each prompt
 PROMPTS = torch.randint(256, (4, 8), generator=torch.Generator().manual_seed(1))
 ANSWER = 12  # tokens
 RANK = 8
+GPUS = torch.cuda.device_count() >= 2
+# How far apart log-probabilities may be, by mode: on GPUs vLLM multiplies float32 matrices as of
+# tf32, and its kernels for adapters take float16.
+NEAR = {"full": 0.03, "lora": 0.1} if GPUS else {"full": 1e-3, "lora": 1e-3}
 
 
 def make_model():
@@ -75,7 +80,7 @@ class Engine:
             weight_transfer_config={"backend": "packedcomm"},
             skip_tokenizer_init=True,
             enforce_eager=True,
-            dtype="float32",
+            dtype="float16" if lora and GPUS else "float32",
             max_model_len=64,
             gpu_memory_utilization=0.3,
             **options,
@@ -141,13 +146,22 @@ class Trainer:
 
     def scores(self, answers):
         """Log-probabilities of the answers' tokens."""
-        prompts = PROMPTS.repeat_interleave(SAMPLES, dim=0)
+        return self._all_scores(answers).gather(-1, answers.to(self.device)[..., None]).squeeze(-1)
+
+    def _all_scores(self, answers):
+        prompts = PROMPTS.repeat_interleave(len(answers) // len(PROMPTS), dim=0)
         tokens = torch.cat([prompts, answers], dim=1).to(self.device)
-        logits = self.model(input_ids=tokens).logits[:, -ANSWER - 1 : -1]
-        chosen = tokens[:, -ANSWER:, None]
-        return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        return self.model(input_ids=tokens).logits[:, -ANSWER - 1 : -1].log_softmax(-1)
 
     @torch.no_grad()
+    def agrees(self, answers, near):
+        """Whether the engine's greedy answers are the policy's; on GPUs also where a token is as
+        likely as the likeliest, so nearly."""
+        if not GPUS:
+            return torch.equal(answers, self.greedy())
+        best = self._all_scores(answers).amax(-1)
+        return bool((best - self.scores(answers) <= near).all())
+
     def greedy(self):
         """As `Engine.greedy`."""
         prompts = PROMPTS.to(self.device)
@@ -168,7 +182,7 @@ def main(mode):
         # Workers take it from the environment, never from a request.
         os.environ["PACKEDCOMM_SECRET"] = generate_secret()
     # The engine has the first GPU.
-    device = "cuda:1" if torch.cuda.device_count() >= 2 else "cpu"
+    device = "cuda:1" if GPUS else "cpu"
     model = make_model()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -188,7 +202,7 @@ def main(mode):
 
         def sync(version):
             update = updater.update(sender, version, adapter="policy" if lora else "")
-            if not torch.equal(engine.greedy(), trainer.greedy()):
+            if not trainer.agrees(engine.greedy(), NEAR[mode]):
                 raise SystemExit(f"version {version}: vLLM doesn't answer as the trainer's model")
             way = "" if lora else f" ({engine.way()})"
             return (
@@ -200,7 +214,7 @@ def main(mode):
         for step in range(1, STEPS + 1):
             begun = time.perf_counter()
             mean, off = trainer.step(*engine.sample())
-            if off > 1e-3:
+            if off > NEAR[mode]:
                 raise SystemExit(f"step {step}: vLLM's log-probabilities are off by {off:.1e}")
             synced = sync(step)
             print(

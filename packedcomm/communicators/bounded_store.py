@@ -30,6 +30,9 @@ RETRY_S = 0.05
 ANSWER_S = 5.0
 LAST_ANSWER_S = 0.5
 
+# Between attempts to end what goes on although it was given up.
+LET_GO_PAUSE_S = 0.03
+
 
 class BoundedStore:
     """Runs every call to a TCPStore on one daemon thread and waits for it only to a deadline.
@@ -54,8 +57,8 @@ class BoundedStore:
             open_store: makes the TCPStore, on the thread.
             deadline: when to give up, by `time.monotonic`.
             check: called every 50 ms meanwhile; what it raises gives up, too.
-            let_go: makes `open_store` return when it was given up, so that nothing of it is left
-                when this raises.
+            let_go: called, again and again, while `open_store` goes on although it was given up;
+                ends it, so that nothing of it is left when this raises.
 
         Raises:
             TimeoutError: the store wasn't open by the deadline.
@@ -69,16 +72,23 @@ class BoundedStore:
         self._thread = Thread(self._run, "packedcomm-store", let_end=let_end)
         self._thread.start()
 
+        opened = threading.Event()
+
         def open_here() -> None:
-            self._store = open_store()
+            try:
+                self._store = open_store()
+            finally:
+                opened.set()
 
         try:
             self._call(open_here, max(0.0, deadline - time.monotonic()), check)
         except BaseException:
             self.close()
             if let_go is not None:
-                let_go()
-                self._thread.join(ANSWER_S)
+                end = time.monotonic() + ANSWER_S
+                while not opened.wait(LET_GO_PAUSE_S) and time.monotonic() < end:
+                    let_go()
+                self._thread.join(max(0.0, end - time.monotonic()))
             raise
 
     @classmethod

@@ -18,7 +18,16 @@ from packedcomm.engines.vllm.adapters import adapter_target
 from tests.helpers.delivery import deliver
 from tests.helpers.lora import attributes
 from tests.helpers.sessions import QUICK
-from tests.helpers.vllm_adapters import GPUS, TRAINER, Engine, Trainer, agree, llama, qwen3_moe
+from tests.helpers.vllm_adapters import (
+    ADAPTED,
+    GPUS,
+    TRAINER,
+    Engine,
+    Trainer,
+    agree,
+    llama,
+    qwen3_moe,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -65,7 +74,9 @@ def slots_that_differ(worker, one, other, reached):
             if stack.dim() == 4
         ]
         pairs = [(stack[slots[0]], stack[slots[1]]) for stack in stacks]
-        if not all(torch.allclose(a, b, atol=1e-6) for a, b in pairs):
+        # vLLM's loader rounds before it scales, too.
+        rounding = 2**-10 if torch.float16 == ADAPTED else 1e-6
+        if not all(torch.allclose(a, b, rtol=rounding, atol=1e-6) for a, b in pairs):
             differing.append(name)
         if hasattr(layer, "adapter_enabled") and reached == "experts":
             enabled = layer.adapter_enabled.tolist()

@@ -49,15 +49,15 @@ def engine(tmp_path_factory):
 
 
 def trainer_of(client, source, rank=0, **options):
-    """As a user makes one; up to 0.26 with a configuration."""
+    """As a user makes one; in 0.26 with a backend's name and a configuration."""
     register_trainer()
     register_trainer()
     info = PackedCommTrainerInitInfo(
         rank=rank, address="127.0.0.1:0", device=str(TRAINER), timeout_s=20, **options
     )
     make = WeightTransferTrainerFactory.trainer_init
-    config = [WeightTransferConfig(backend=BACKEND)]
-    given = config if "config" in inspect.signature(make).parameters else []
+    before = {"backend": BACKEND, "config": WeightTransferConfig(backend=BACKEND)}
+    given = [before[name] for name in inspect.signature(make).parameters if name in before]
     return make(*given, info, client=client, source=source)
 
 
