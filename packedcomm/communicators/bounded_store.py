@@ -31,7 +31,7 @@ ANSWER_S = 5.0
 LAST_ANSWER_S = 0.5
 
 # Between attempts to end what goes on although it was given up.
-LET_GO_PAUSE_S = 0.03
+LET_GO_PAUSE_S = 0.01
 
 
 class BoundedStore:

@@ -17,7 +17,13 @@ from typing import Any, TypeVar
 
 from packedcomm.errors import ProtocolError
 
-__all__ = ["Endpoint", "PeerSockets", "listening_since", "socket_inodes"]
+__all__ = [
+    "Endpoint",
+    "PeerSockets",
+    "cut_connections_to",
+    "listening_since",
+    "socket_inodes",
+]
 
 Value = TypeVar("Value")
 
@@ -112,6 +118,18 @@ class PeerSockets:
         """Shut all connections down. Does nothing to those that are closed."""
         for peer in self._sockets:
             _apply(peer, _shut_down)
+
+
+def cut_connections_to(port: int) -> None:
+    """Shut down this process's connections to a port that it listens on itself."""
+    # By their ports, since one end may write an IPv4 address as the other does, or as IPv6.
+    accepted = {ends[3] for _, ends in _inspected(set(), _ends) if ends[1] == port}
+
+    def cut(connection: socket.socket) -> bool:
+        _, local, _, remote = _ends(connection)
+        return remote == port and local in accepted and _shut_down(connection)
+
+    _inspected(set(), cut)
 
 
 def socket_inodes() -> set[int]:

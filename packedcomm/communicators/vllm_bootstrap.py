@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from packedcomm.communicators.bounded_store import BoundedStore, wait_for_server
 from packedcomm.communicators.listener import Address, Listener
+from packedcomm.communicators.peer_sockets import cut_connections_to
 from packedcomm.errors import (
     ArgumentError,
     PackedCommError,
@@ -44,9 +44,6 @@ SUFFIX = bytes.fromhex("948694869452942e")
 PROTOCOLS = (4, 5)
 
 POLL_S = 0.01
-
-# How long it may take to tell a server of this process something.
-LET_GO_S = 1.0
 
 
 def encode_unique_id(unique_id: bytes) -> bytes:
@@ -115,10 +112,10 @@ def exchange_unique_id(
         try:
             if rank == 0:
                 bound = listener or Listener.bind(str(address))
-                listening = Address(bound.host, bound.port)
-                open_store = _server(bound, world_size, deadline)
-                let_go = partial(_let_go, listening, world_size)
-                store = BoundedStore(open_store, deadline, check, let_go)
+                # The server's wait for workers has no other end than its timeout; but it asks
+                # itself how many have come, as one of its clients.
+                let_go = partial(cut_connections_to, bound.port)
+                store = BoundedStore(_server(bound, world_size, deadline), deadline, check, let_go)
                 stack.callback(store.close)
                 unique_id = make_unique_id()
                 store.set(KEY, encode_unique_id(unique_id))
@@ -164,15 +161,6 @@ def _client(address: Address, world_size: int, deadline: float) -> Callable[[], 
         wait_for_workers=True,
         use_libuv=False,
     )
-
-
-def _let_go(server: Address, world_size: int) -> None:
-    """Bring a server that was given up nearer to the end of its wait: torch's has no other end than
-    its timeout, or that as many as it waits for have come."""
-    with contextlib.suppress(OSError, RuntimeError):
-        # A client of torch's would wait for one that has ended.
-        socket.create_connection((server.host, server.port), LET_GO_S).close()
-        _client(server, world_size, time.monotonic() + LET_GO_S)()
 
 
 def _wait_for_key(store: BoundedStore, deadline: float, check: Callable[[], None] | None) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
@@ -92,6 +94,48 @@ def test_tensors_that_were_replaced_are_recorded_again(replace):
     assert weights.update(BIAS) == "replayed"
     replace(module)
     assert [weights.update(BIAS) for _ in range(3)] == WAYS
+
+
+def test_what_was_tried_is_tried_again_when_tensors_were_replaced(monkeypatch):
+    module = model()
+    weights = ModelWeights(module, None, types.SimpleNamespace(), torch.device("cpu"))
+    tried = []
+
+    class Trial:
+        def check(self, described, partial):
+            tried.append(partial)
+            return ""
+
+    monkeypatch.setattr(ModelWeights, "reload", lambda self: Trial())
+
+    def update():
+        chosen = weights.choose(BIAS)
+        if weights.way == "recorded":
+            recording = Recording({"0.bias": [Entry((0,), (3,), (1,), "0.bias", 0)]}, {}, {})
+            recording.proved = True
+            weights.keep(BIAS, recording)
+        return chosen
+
+    for _ in range(3):
+        update()
+    assert tried == [False]
+    replace_parameter(module)
+    update()
+    assert tried == [False, False]
+    # A manifest of many is forgotten, not kept for ever.
+    for manifest in manifests(80):
+        weights.choose(manifest)
+    assert len(weights._checked) < 80
+
+
+def test_notes_are_of_the_present_manifest(weights):
+    one, other = manifests(2)
+    assert [weights.update(m) for m in (one, other)] == ["recorded"] * 2
+    weights._recordings[one.digest].reasons["0"] = "it is rounded"
+    weights.choose(one)
+    assert any("it is rounded" in note for note in weights.notes)
+    weights.choose(other)
+    assert not any("it is rounded" in note for note in weights.notes)
 
 
 def test_constants_are_made_anew_when_the_contents_were_lost(weights):

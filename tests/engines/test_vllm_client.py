@@ -30,7 +30,7 @@ from packedcomm.session import SenderSession
 from tests.helpers.sessions import QUICK
 from tests.helpers.vllm_server import VllmServer
 
-CYCLE = ["pause", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
+CYCLE = ["pause", "start_weight_update", "update_weights", "finish_weight_update", "wake_up"]
 STAGES = ["start", "update", "finish"]
 IMPATIENT = replace(QUICK, connect_timeout_s=1.0)
 
@@ -52,7 +52,8 @@ def session() -> Iterator[SenderSession]:
 
 
 def updater_of(server: VllmServer, session: SenderSession, **options) -> EngineUpdater:
-    return EngineUpdater(HttpEngine(server.url, timeout_s=20), session, timeout_s=10, **options)
+    options = {"timeout_s": 10, **options}
+    return EngineUpdater(HttpEngine(server.url, timeout_s=20), session, **options)
 
 
 def connected(server: VllmServer, session: SenderSession, **options) -> EngineUpdater:
@@ -111,7 +112,50 @@ def test_kept_requests_have_the_caches_reset_apart(server, session):
     updater.update(FullWeightSender(weights(3.0), session))
 
     assert server.came == [CYCLE[0], "reset_prefix_cache", "reset_encoder_cache", *CYCLE[1:]]
-    assert server.queries["reset_prefix_cache"] == {"reset_running_requests": "true"}
+    assert server.queries["reset_prefix_cache"] == {
+        "reset_running_requests": "true",
+        "reset_external": "true",
+    }
+
+
+def test_an_engine_of_which_a_part_is_asleep_stays_paused(server, session):
+    updater = connected(server, session)
+    server.paused = server.asleep = True
+    updater.update(FullWeightSender(weights(2.0), session))
+    assert_holds(server, 2.0)
+    assert server.paused
+    server.refuse["update_weights"] = (500, "[packedcomm:SessionStateError] asleep")
+    with pytest.raises(SessionStateError, match="asleep"):
+        updater.update(FullWeightSender(weights(3.0), session))
+    assert server.paused
+    server.refuse.clear()
+    server.asleep = False
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert not server.paused
+
+
+def test_an_engine_that_pauses_too_late_goes_on_by_itself(server, session):
+    updater = connected(server, session, timeout_s=1.0)
+    idle, late = threading.Event(), threading.Event()
+
+    def pause(body):
+        assert idle.wait(20)
+
+    def wake_up(body):
+        if not idle.is_set():
+            raise RuntimeError("resume_scheduler called while pause is still in flight")
+        late.set()
+
+    server.refuse |= {"pause": pause, "wake_up": wake_up}
+    with pytest.raises(DeadlineExceeded, match="pause") as caught:
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert any("could not be resumed" in note for note in caught.value.__notes__)
+    idle.set()
+    assert late.wait(10)
+    server.refuse.clear()
+    updater.update(FullWeightSender(weights(2.0), session))
+    assert_holds(server, 2.0)
+    assert not server.paused
 
 
 def test_without_flush_and_pause_the_caller_decides(server, session):
@@ -195,7 +239,7 @@ def test_an_engine_that_another_trainer_has_taken_says_so(server, session):
                 first.update(FullWeightSender(weights(2.0), session))
             assert time.monotonic() - begin < 5
             server.refuse.clear()
-        assert server.came[-1] == "resume"
+        assert server.came[-1] == "wake_up"
         second.update(FullWeightSender(weights(3.0), taking))
         assert_holds(server, 3.0)
         # And back.
@@ -229,7 +273,7 @@ def test_what_fails_before_the_sync_sends_nothing_and_resumes(server, session, r
     with pytest.raises(CapacityError, match="^no memory"):
         updater.update(FullWeightSender(weights(6.0), session))
 
-    assert server.came[-1] == "resume"
+    assert server.came[-1] == "wake_up"
     assert "update_weights" not in server.came
     server.refuse.clear()
     updater.update(FullWeightSender(weights(6.0), session))
@@ -252,7 +296,7 @@ def test_an_update_that_the_server_refuses_ends_the_sync_soon(server, session, t
     with pytest.raises(error, match="internal server error|^full"):
         updater.update(FullWeightSender(weights(8.0), session))
     assert time.monotonic() - begin < 3
-    assert server.came == [*CYCLE[:3], "resume"]
+    assert server.came == [*CYCLE[:3], "wake_up"]
 
     server.refuse.clear()
     for value in (8.0, 9.0):
@@ -268,14 +312,14 @@ def test_the_first_update_refused_ends_the_sync_soon(server, session):
     with pytest.raises(RemoteError, match="HTTP 400: Missing"):
         updater.update(FullWeightSender(weights(), session))
     assert time.monotonic() - begin < 3
-    assert server.came[-1] == "resume"
+    assert server.came[-1] == "wake_up"
 
 
 def test_a_manifest_that_does_not_fit_is_the_same_error_on_both_sides(server, session):
     updater = connected(server, session)
     with pytest.raises(ManifestError, match="receiver rank 1: .*'c'"):
         updater.update(FullWeightSender({**weights(), "c": torch.ones(1)}, session))
-    assert server.came == [*CYCLE[:3], "resume"]
+    assert server.came == [*CYCLE[:3], "wake_up"]
     updater.update(FullWeightSender(weights(2.0), session))
     assert_holds(server, 2.0)
 
@@ -290,7 +334,7 @@ def test_a_worker_that_dies_in_the_middle(server, session):
     server.receivers[0]._following._target.commit = die
     with pytest.raises(PeerLost, match="receiver rank 1"):
         updater.update(FullWeightSender(weights(2.0), session))
-    assert server.came[-1] == "resume"
+    assert server.came[-1] == "wake_up"
     updater.connect()
     updater.update(FullWeightSender(weights(2.0), session))
     assert_holds(server, 2.0)
@@ -314,7 +358,7 @@ def test_a_finish_that_fails_says_that_it_was_committed_and_is_made_up_for(serve
 
 def test_a_resume_that_fails_is_raised_and_a_note_of_an_earlier_failure(server, session):
     updater = connected(server, session)
-    server.refuse["resume"] = (500, "stuck")
+    server.refuse["wake_up"] = (500, "stuck")
     with pytest.raises(RemoteError, match="stuck") as caught:
         updater.update(FullWeightSender(weights(2.0), session))
     assert says_committed(caught.value)
@@ -359,7 +403,7 @@ def test_a_server_that_hangs_meets_the_deadline(server, session):
     finally:
         server._leave()
         go_on.set()
-    assert server.came[-1] == "resume"
+    assert server.came[-1] == "wake_up"
 
 
 def test_nothing_connected_a_foreign_sender_and_objects_that_are_no_engines(server, session):

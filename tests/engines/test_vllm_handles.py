@@ -83,10 +83,12 @@ class Resetting(Llm):
     def __init__(self, server: VllmServer) -> None:
         super().__init__(server)
         self.reset: list[str] = []
+        self.resets = True
         self.llm_engine = self
 
-    def reset_prefix_cache(self, reset_running_requests=False):
-        self.reset.append("prefix")
+    def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
+        self.reset += ["prefix", "connector"] if reset_connector else ["prefix"]
+        return self.resets
 
     def reset_mm_cache(self):
         self.reset.append("mm")
@@ -98,9 +100,23 @@ class Resetting(Llm):
 class PausingActor(Resetting):
     """Has the methods of an AsyncLLM, which goes on taking requests."""
 
-    def pause_generation(self, mode, clear_cache): ...
+    def __init__(self, server: VllmServer) -> None:
+        super().__init__(server)
+        self.paused = self.asleep = False
 
-    def resume_generation(self): ...
+    def pause_generation(self, mode, clear_cache):
+        self.paused = True
+
+    def resume_generation(self):
+        self.paused = False
+
+
+class WakingActor(PausingActor):
+    """The same with memory that sleeps."""
+
+    def wake_up(self, tags=None):
+        assert tags == ["scheduling"]
+        self.paused = self.asleep
 
 
 class Actor:
@@ -147,11 +163,11 @@ def test_engines_without_http(server, engine, version):
 @pytest.mark.parametrize(
     ("kind", "engine", "mode", "reset"),
     [
-        (Resetting, LocalEngine, "wait", ["prefix", "mm", "encoder"]),
-        (Resetting, LocalEngine, None, ["prefix", "mm", "encoder"]),
-        (Resetting, as_actor, "wait", ["prefix", "mm", "encoder"]),
+        (Resetting, LocalEngine, "wait", ["prefix", "connector", "mm", "encoder"]),
+        (Resetting, LocalEngine, None, ["prefix", "connector", "mm", "encoder"]),
+        (Resetting, as_actor, "wait", ["prefix", "connector", "mm", "encoder"]),
         (PausingActor, as_actor, "wait", []),
-        (PausingActor, as_actor, "keep", ["prefix", "encoder"]),
+        (PausingActor, as_actor, "keep", ["prefix", "connector", "encoder"]),
     ],
     ids=["local", "local, paused", "actor", "async actor", "async actor, kept"],
 )
@@ -166,6 +182,28 @@ def test_what_an_old_encoder_has_computed_is_forgotten_too(server, kind, engine,
             FullWeightSender(weights(3.0), session)
         )
     assert llm.reset == reset
+
+
+@pytest.mark.parametrize("engine", [LocalEngine, as_actor])
+def test_a_cache_that_cant_be_reset_is_an_error(server, engine):
+    llm = Resetting(server)
+    llm.resets = False
+    with pytest.raises(RemoteError, match="could not be reset"):
+        engine(llm).reset_prefix_cache()
+
+
+@pytest.mark.parametrize("kind", [PausingActor, WakingActor])
+def test_an_actor_of_which_a_part_is_asleep_stays_paused(server, kind):
+    actor = kind(server)
+    actor.asleep = kind is WakingActor
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(as_actor(actor), session)
+        updater.connect()
+        updater.update(FullWeightSender(weights(2.0), session))
+        assert actor.paused is actor.asleep
+        actor.asleep = False
+        updater.update(FullWeightSender(weights(3.0), session))
+        assert not actor.paused
 
 
 @pytest.mark.parametrize(
@@ -384,7 +422,7 @@ def test_an_nccl_that_does_not_fit_is_named_before_anything_is_called(over_gloo,
     for options in ({}, {"vllm_version": "0.29.0", "nccl_version": "2.27.5"}):
         with pytest.raises(VersionMismatch, match=r"2\.28\.9"):
             StockSender(engine, "127.0.0.1:0", device="cpu", **options).connect()
-    engine.version = None
-    with pytest.raises(ArgumentError, match="give vllm_version"):
-        StockSender(engine, "127.0.0.1:0", device="cpu").connect()
+    for engine.version in (None, "0.1.dev1+g12ab"):
+        with pytest.raises(ArgumentError, match="give vllm_version"):
+            StockSender(engine, "127.0.0.1:0", device="cpu").connect()
     assert engine.infos == []

@@ -76,7 +76,7 @@ def test_engines_come_back_and_the_next_update_works_at_once(server, updater, co
     with pytest.raises(error, match="enough") as caught:
         updater.update(sender)
     assert not server.receiving
-    assert server.came[-2:] == ["update_weights", "resume"]
+    assert server.came[-2:] == ["update_weights", "wake_up"]
     assert not any("come back" in note for note in getattr(caught.value, "__notes__", ()))
 
     server.came.clear()
@@ -89,7 +89,7 @@ def test_engines_come_back_and_the_next_update_works_at_once(server, updater, co
 def test_an_engine_that_hangs_is_waited_for_a_while(server, updater, monkeypatch):
     monkeypatch.setattr(steps, "_INTERRUPTED_S", 0.5)
     go_on = threading.Event()
-    server.refuse["update_weights"] = server.refuse["resume"] = lambda body: go_on.wait(20)
+    server.refuse["update_weights"] = server.refuse["wake_up"] = lambda body: go_on.wait(20)
     source = Stopping(weights(2.0), None, KeyboardInterrupt())
     begin = time.monotonic()
     try:
@@ -139,4 +139,4 @@ def test_a_second_interruption_ends_the_waiting(server, updater):
     finally:
         again.cancel()
         go_on.set()
-    assert server.came[-1] == "resume"
+    assert server.came[-1] == "wake_up"

@@ -39,6 +39,8 @@ class VllmServer:
         self.queries: dict[str, dict[str, str]] = {}
         self.headers: dict[str, str] = {}
         self.paused = False
+        self.asleep = False
+        """Whether a part of its memory is."""
         self.active = False
         self.receiving = 0
         """How many requests are inside of update_weights."""
@@ -91,8 +93,11 @@ class VllmServer:
     def _pause(self, body: Any) -> None:
         self.paused = True
 
-    def _resume(self, body: Any) -> None:
-        self.paused = False
+    def _wake_up(self, body: Any) -> Any:
+        # Of nothing but scheduling, as vLLM does it.
+        assert self.queries["wake_up"] == {"tags": "scheduling"}
+        self.paused = self.asleep
+        return {"status": "sleeping" if self.asleep else "awake"}
 
     def _is_paused(self, body: Any) -> Any:
         return {"is_paused": self.paused}

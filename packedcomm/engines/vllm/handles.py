@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from packedcomm.errors import ArgumentError, DeadlineExceeded
+from packedcomm.errors import ArgumentError, DeadlineExceeded, RemoteError
 
 __all__ = [
     "EngineHandle",
@@ -31,7 +31,8 @@ class EngineHandle(Protocol):
     the engine is done and raise if it failed; a call may come from any thread, never two at once.
     What an engine has of the following is used too:
 
-    - `pause(mode, clear_cache=...)` and `resume()`: stop scheduling, and go on;
+    - `pause(mode, clear_cache=...)` and `resume()`: stop scheduling, and go on, though not while a
+      part of the engine's memory is asleep;
     - `reset_prefix_cache()`: forget what was computed with the old weights, also of requests that
       are kept;
     - `is_paused() -> bool | None`: asked where the caller pauses it;
@@ -87,6 +88,11 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     )
 
 
+def _check_reset(engine: Any, answers: list[Any]) -> None:
+    if any(answer is False for answer in answers):
+        raise RemoteError(f"{engine!r}: the prefix cache could not be reset")
+
+
 class LocalEngine:
     """A `vllm.LLM` in this process.
 
@@ -121,10 +127,16 @@ class LocalEngine:
         finish_update(self._llm, weight_version)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`; also what the encoder of a multimodal model has computed, of which
-        only the LLM's engine has a method."""
+        """See `EngineHandle`; also what a KV connector keeps elsewhere, and what the encoder of a
+        multimodal model has computed, of which only the LLM's engine has a method.
+
+        Raises:
+            RemoteError: the engine says that it couldn't.
+        """
+        if (reset := getattr(self._llm, "reset_prefix_cache", None)) is not None:
+            options = {"reset_connector": True} if takes(reset, "reset_connector") else {}
+            _check_reset(self, [reset(**options)])
         for owner, method in (
-            (self._llm, "reset_prefix_cache"),
             (self._llm, "reset_mm_cache"),
             (getattr(self._llm, "llm_engine", None), "reset_encoder_cache"),
         ):
@@ -224,7 +236,11 @@ class RayEngine:
 
     def resume(self) -> None:
         """See `EngineHandle`."""
-        self._call_where_there("resume_generation")
+        able = [handle for handle in self._handles if hasattr(handle, "resume_generation")]
+        # Where there is `wake_up`, as vLLM has: it resumes nothing of which a part is asleep.
+        waking = [handle for handle in able if hasattr(handle, "wake_up")]
+        self._call("wake_up", ["scheduling"], handles=waking)
+        self._call("resume_generation", handles=[h for h in able if h not in waking])
 
     def is_paused(self) -> bool | None:
         """See `EngineHandle`; None if no actor can tell."""
@@ -232,9 +248,14 @@ class RayEngine:
         return all(self._call("is_paused", handles=telling)) if telling else None
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`; also what the encoder of a multimodal model has computed, where an
-        actor has `reset_encoder_cache`, as an AsyncLLM does."""
-        self._call_where_there("reset_prefix_cache", True)
+        """See `EngineHandle`; also what a KV connector keeps elsewhere, and what the encoder of a
+        multimodal model has computed, where an actor has `reset_encoder_cache`, as an AsyncLLM
+        does.
+
+        Raises:
+            RemoteError: an actor says that it couldn't.
+        """
+        _check_reset(self, self._call_where_there("reset_prefix_cache", True, True))
         # An AsyncLLM takes requests meanwhile, which would miss in it what they rely on.
         quiet = [h for h in self._handles if not hasattr(h, "pause_generation")]
         self._call("reset_mm_cache", handles=[h for h in quiet if hasattr(h, "reset_mm_cache")])
@@ -246,9 +267,9 @@ class RayEngine:
             return None
         return sum(int(size) for size in self._call("get_world_size"))
 
-    def _call_where_there(self, method: str, *arguments: Any) -> None:
+    def _call_where_there(self, method: str, *arguments: Any) -> list[Any]:
         handles = [handle for handle in self._handles if hasattr(handle, method)]
-        self._call(method, *arguments, handles=handles)
+        return self._call(method, *arguments, handles=handles)
 
     def _call(
         self, method: str, *arguments: Any, handles: list[Any] | None = None, **options: Any

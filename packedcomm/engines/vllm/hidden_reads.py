@@ -14,7 +14,7 @@ __all__ = ["HiddenReads"]
 
 _METHODS = frozenset(
     getattr(torch.Tensor, name)
-    for name in ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")
+    for name in ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__", "__reduce_ex__")
 )
 _OPERATIONS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 

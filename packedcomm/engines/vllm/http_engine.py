@@ -91,7 +91,8 @@ class HttpEngine:
 
     def resume(self) -> None:
         """See `EngineHandle`."""
-        self._call("POST", "/resume")
+        # Resumes nothing of which a part is asleep, which `/resume` would.
+        self._call("POST", "/wake_up?tags=scheduling")
 
     def is_paused(self) -> bool | None:
         """See `EngineHandle`."""
@@ -99,12 +100,15 @@ class HttpEngine:
         return paused if isinstance(paused, bool) else None
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineHandle`; also what the encoder of a multimodal model has computed.
+        """See `EngineHandle`; also what the encoder of a multimodal model has computed, and what a
+        KV connector keeps elsewhere.
 
         Raises:
             RemoteError: the server says that it couldn't, which it does from 0.33 on.
         """
-        answer = self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
+        answer = self._call(
+            "POST", "/reset_prefix_cache?reset_running_requests=true&reset_external=true"
+        )
         if answer.get("success") is False:
             raise RemoteError(f"{self.base_url}: the prefix cache could not be reset")
         # Only then: requests that are kept begin anew, and rely on nothing in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +52,8 @@ class UpdateSteps:
         # Positions of engines that wait for finish_weight_update.
         self._active: set[int] = set()
         self._sent = False
+        # An engine that pauses later than it was waited for goes on at once.
+        self._gone_on = threading.Event()
         self.begun = False
         """Whether the engines were told to receive."""
 
@@ -71,7 +74,7 @@ class UpdateSteps:
                 )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
         with measured(self._seconds, "pause"):
-            self._all("pause", pausing, lambda e: e.pause(mode, clear_cache=flush))
+            self._all("pause", pausing, partial(self._pause, mode, flush))
         if flush:
             # Pausing has done it, except where requests are kept.
             kept = (
@@ -80,6 +83,11 @@ class UpdateSteps:
             resetting = [e for e in kept if hasattr(e, "reset_prefix_cache")]
             with measured(self._seconds, "flush"):
                 self._all("reset_prefix_cache", resetting, lambda e: e.reset_prefix_cache())
+
+    def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
+        engine.pause(mode, clear_cache=flush)
+        if self._gone_on.is_set():
+            engine.resume()
 
     def start(self, *, draft: bool = False) -> None:
         """Let the engines prepare, for their draft models or for their models."""
@@ -162,6 +170,7 @@ class UpdateSteps:
             error.add_note(f"and the update could not be ended: {second}")
         try:
             if resume:
+                self._gone_on.set()
                 self.resume()
         except PackedCommError as second:
             error.add_note(f"and the engine could not be resumed: {second}")

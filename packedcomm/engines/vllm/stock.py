@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from packedcomm.communicators.listener import Address, Listener
 from packedcomm.communicators.nccl_library import find_nccl
 from packedcomm.completion import measured, wait_for_device
 from packedcomm.copying import as_tensor
+from packedcomm.engines.vllm import release_of
 from packedcomm.engines.vllm.calls import Calls, call_all
 from packedcomm.engines.vllm.client import engines_of
 from packedcomm.engines.vllm.handles import PauseMode, pause_mode_checked
@@ -305,10 +305,10 @@ def _world_size(engine: Any) -> int | None:
 
 
 def _parsed(version: str | None) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", version or "")
+    found = release_of(version or "")
     if found is None:
         raise ArgumentError(f"the engine's vLLM version isn't known ({version}): give vllm_version")
-    return int(found[1]), int(found[2])
+    return found
 
 
 def _switched_off(nccl: str) -> str:

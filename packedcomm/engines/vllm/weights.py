@@ -25,8 +25,9 @@ __all__ = ["ModelWeights"]
 
 logger = logging.getLogger("packedcomm")
 
-# Manifests whose recordings are kept.
+# Manifests whose recordings are kept, and of how many it is known whether the loader takes them.
 _KEPT = 4
+_MOST_CHECKED = 64
 
 # Above this share of the bytes the loader gets everything: what it is given needs memory aside.
 _MOST_BY_LOADER = 0.25
@@ -69,6 +70,8 @@ class ModelWeights:
         # By manifest and `partial`: why its loader can't be tried.
         self._checked: dict[tuple[str, bool], str] = {}
         self._untried = ""
+        # What is being received.
+        self._present = ""
         self._reload: Reload | None = None
         self.partial = False
         """Whether a manifest may leave parameters out."""
@@ -87,7 +90,7 @@ class ModelWeights:
             # Some of their kernels keep the address of what they were made of, and a reload frees
             # that: vLLM's own `reload_weights` leaves NaN too.
             raise ManifestError("on CPUs vLLM can't load the weights of a quantised model again")
-        digest = manifest.digest
+        digest = self._present = manifest.digest
         target = self._targets.get(digest)
         if target is not None and (target.moved or self._links[digest].changed):
             logger.warning("the engine's parameters have moved: recording its loader again")
@@ -144,6 +147,7 @@ class ModelWeights:
         self._targets.clear()
         self._links.clear()
         self._stale.clear()
+        self._checked.clear()
 
     def lose_contents(self) -> None:
         """All memory has other contents now than the last update left."""
@@ -171,9 +175,10 @@ class ModelWeights:
     @property
     def notes(self) -> tuple[str, ...]:
         """How the present update is carried out, and why not otherwise, for the trainer."""
+        present = self._recordings.get(self._present)
         reasons = [
             _short(f"{layer or 'the model'} stays with the engine's loader: {reason}")
-            for layer, reason in self.reasons.items()
+            for layer, reason in (present.reasons if present else {}).items()
         ]
         more = [f"and {len(reasons) - 13} more layers"] if len(reasons) > 13 else []
         untried = [_short(f"not tried before: {self._untried}")] if self._untried else []
@@ -212,6 +217,8 @@ class ModelWeights:
                 (s.name, torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta"))
                 for s in manifest.specs
             ]
+            while len(self._checked) >= _MOST_CHECKED:
+                del self._checked[next(iter(self._checked))]
             self._checked[key] = self.reload().check(described, partial=self.partial)
             if self._checked[key]:
                 logger.warning(

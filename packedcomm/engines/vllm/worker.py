@@ -21,7 +21,12 @@ from packedcomm.engines.vllm import READ, TESTED, release_of
 from packedcomm.engines.vllm.adapters import adapter_target, fill_adapters_again
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
-from packedcomm.errors import ArgumentError, PackedCommError, SessionStateError
+from packedcomm.errors import (
+    ArgumentError,
+    ConfigMismatch,
+    PackedCommError,
+    SessionStateError,
+)
 from packedcomm.manifest import Manifest
 from packedcomm.receivers import WeightReceiver
 from packedcomm.results import SyncResult
@@ -101,9 +106,15 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         Raises:
             ArgumentError: an unknown key, or a malformed value.
+            ConfigMismatch: the engine moves its experts while it runs (`enable_eplb`).
             AuthenticationError, RendezvousTimeout, VersionMismatch, ...: as `Session.connect`.
         """
         request: InitRequest = _request(InitRequest, init_info.fields)
+        if getattr(self.vllm_config.parallel_config, "enable_eplb", False):
+            raise ConfigMismatch(
+                "the engine balances its experts (enable_eplb), which moves them to other places "
+                "while it runs: weights would go to the wrong experts"
+            )
         self._leave()
         settings = replace(self._settings, connect_timeout_s=request.connect_timeout_s)
         self._session = Session.connect(request.address, device=self.device, settings=settings)
@@ -272,10 +283,12 @@ def wrapped_names(model: torch.nn.Module) -> Callable[[str], str] | None:
         return None
     from vllm.lora.layers import BaseLayerWithLoRA
 
-    if hasattr(BaseLayerWithLoRA, "__getattr__") or hasattr(BaseLayerWithLoRA, "load_weights"):
+    if hasattr(BaseLayerWithLoRA, "load_weights"):
         return None
     wrapped: set[str] = set()
-    for name in manager.modules:
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseLayerWithLoRA):
+            continue
         prefix, _, last = name.rpartition(".")
         parts = manager.packed_modules_mapping.get(last, [last])
         wrapped.update(f"{prefix}.{part}" if prefix else part for part in (*parts, last))

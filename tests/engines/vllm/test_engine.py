@@ -17,6 +17,7 @@ from packedcomm.engines.vllm.client import LocalEngine
 from packedcomm.engines.vllm.requests import BACKEND, InitRequest, UpdateRequest
 from packedcomm.errors import (
     ArgumentError,
+    ConfigMismatch,
     ManifestError,
     PackedCommError,
     PeerLost,
@@ -234,6 +235,16 @@ def test_an_adapter_for_an_engine_without_them_is_refused(trainer, synced):
     adapted = Trainer(llama())
     with pytest.raises(SessionStateError, match="enable_lora=True"):
         updater.update(LoraSender(adapted.model, session), adapter="policy")
+    synced()
+
+
+def test_an_engine_that_moves_its_experts_is_refused(engine, trainer, synced, monkeypatch):
+    session, _ = trainer
+    config = engine.worker.weight_transfer_engine.vllm_config.parallel_config
+    with monkeypatch.context() as changed_config:
+        changed_config.setattr(config, "enable_eplb", True)
+        with pytest.raises(ConfigMismatch, match="enable_eplb"):
+            LocalEngine(engine.llm).init_weight_transfer_engine({"address": session.address})
     synced()
 
 

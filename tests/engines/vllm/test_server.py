@@ -116,7 +116,7 @@ def test_the_server_answers_as_the_trainer_and_the_secret_stays_out(server, sent
             )
             agree(server.generate(), expected)
     routes = {request.selector.partition("?")[0] for request in sent}
-    assert routes >= {"/init_weight_transfer_engine", "/update_weights", "/pause", "/resume"}
+    assert routes >= {"/init_weight_transfer_engine", "/update_weights", "/pause", "/wake_up"}
     for request in sent:
         said = [request.full_url, str(request.header_items()), (request.data or b"").decode()]
         assert not any(SECRET in text for text in said)
@@ -273,3 +273,23 @@ def test_a_server_whose_trainer_has_left_says_so(server, engine, models):
     agree(server.generate(), models[0][1])
     with pytest.raises(ArgumentError, match="nowhere"):
         engine.init_weight_transfer_engine({"address": "nowhere"})
+
+
+def test_an_engine_whose_cache_is_asleep_is_updated_and_stays_paused(
+    server, engine, trainer, models
+):
+    session, updater = trainer
+    (first, _), (second, expected) = models
+    updater.update(FullWeightSender(first, session))
+    engine._call("POST", "/sleep?level=1")
+    engine._call("POST", "/wake_up?tags=weights")
+    with pytest.raises(ManifestError, match="model.norm.weight"):
+        updater.update(
+            FullWeightSender({"model.norm.weight": torch.ones(3, device=TRAINER)}, session)
+        )
+    assert engine.is_paused()
+    updater.update(FullWeightSender(second, session))
+    assert engine.is_paused()
+    engine._call("POST", "/wake_up?tags=kv_cache")
+    assert not engine.is_paused()
+    agree(server.generate(), expected)
