@@ -76,6 +76,9 @@ class Held:
     memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
 
+    told: set[int] = field(default_factory=set)
+    """Which senders of the session know the regions."""
+
 
 class Following:
     """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
@@ -238,11 +241,9 @@ class Following:
             receiving = Receiving(pipeline, group, 0, cut, target, note, self._wait)
             with measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
-                known = offer.regions_known and self._known(manifest, plan)
-                new = verify and not known
-                ready = Ready(verify, self._hold(manifest, plan) if new else None)
+                regions = self._regions_to_tell(offer, manifest, plan) if verify else None
                 session.phases.enter(SyncState.AGREED)
-                session.reply(ready)
+                session.reply(Ready(verify, regions))
                 if not offer.at_once:
                     self.decisions.expect("agree", 0, Proceed)
             memory = self._held[manifest.digest].memory if verify else None
@@ -317,18 +318,20 @@ class Following:
             self._manifests[known.digest] = known
         return known, offer
 
-    def _known(self, manifest: Manifest, plan: TargetPlan | None) -> bool:
-        """Whether the sender knows what is held of a manifest, and it hasn't moved."""
+    def _regions_to_tell(
+        self, offer: Offer, manifest: Manifest, plan: TargetPlan | None
+    ) -> tuple[Region, ...] | None:
+        """What is held of a manifest; None where this sender knows it, and it hasn't moved."""
         held = self._held.get(manifest.digest)
-        return held is not None and held.plan is plan
-
-    def _hold(self, manifest: Manifest, plan: TargetPlan | None) -> tuple[Region, ...]:
-        if plan is None:
-            held = Held(whole_regions(manifest), None, None)
-        else:
-            memory = ReceivedDigests(plan.destinations)
-            held = Held(regions_of(plan.parts), plan, memory)
-        self._held[manifest.digest] = held
+        if held is None or held.plan is not plan:
+            if plan is None:
+                held = Held(whole_regions(manifest), None, None)
+            else:
+                held = Held(regions_of(plan.parts), plan, ReceivedDigests(plan.destinations))
+            self._held[manifest.digest] = held
+        if offer.regions_known and offer.sender in held.told:
+            return None
+        held.told.add(offer.sender)
         return held.regions
 
     def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> torch.Tensor:

@@ -87,8 +87,8 @@ class Leading:
         self._session = session
         self._verify = verify
         self._statistics = statistics
-        # By which the session knows whose the last sync was.
-        self._mark = object()
+        # By which the session knows whose the last sync was, and receivers whom they have told.
+        self._sender = session.next_sender()
         self._generation = 0
         self._held: dict[str, list[tuple[Region, ...]]] = {}
         self._agreed: dict[str, None] = {}
@@ -172,6 +172,7 @@ class Leading:
             statistics=self._statistics,
             regions_known=manifest.digest in self._held,
             at_once=self._at_once,
+            sender=self._sender,
         )
 
     def _replies(self, offer: Offer, manifest: Manifest) -> list[Ready]:
@@ -295,7 +296,7 @@ class Leading:
                     )
             session.phases.enter(SyncState.COMMITTED)
             session.committed_generation = session.generation
-            session.committed_by = self._mark
+            session.committed_by = self._sender
             self._under_way = False
         return combined_changes([vote.changes for vote in self._votes])
 
@@ -314,7 +315,7 @@ class Leading:
         self._session.wait()
         if self._session.generation != self._session.committed_generation:
             raise SessionStateError("no_change: receivers have come or gone since the last sync")
-        if self._session.committed_by is not self._mark:
+        if self._session.committed_by != self._sender:
             raise SessionStateError("no_change: another sender of this session has synced since")
         with self.failing():
             self._begin(0)

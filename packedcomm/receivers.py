@@ -72,7 +72,8 @@ class WeightReceiver:
             raise ArgumentError("target is a module: wrap it, as in TensorTarget(module)")
         self.session = session
         self._following = Following(target, session)
-        self._lock = threading.Lock()
+        # A signal handler may close what it interrupts.
+        self._lock = threading.RLock()
         self._end: SyncState | None = None
         # The last error, and the number of updates when it came: the next one is its end.
         self._error: BaseException | None = None
@@ -189,7 +190,7 @@ class WeightReceiver:
             torn = holding.torn and state in AT_REST | AT_END
             return ReceiverStatus(
                 state=str(SyncState.TORN if torn else state),
-                version=None if torn else holding.version,
+                version=None if holding.torn else holding.version,
                 epoch=holding.epoch or self.session.epoch,
                 update_count=holding.update_count,
                 last_update_time=holding.last_update_time,

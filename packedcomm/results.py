@@ -147,7 +147,8 @@ class ReceiverStatus:
     while it wrote in place: serve nothing until a full sync), `failed` or `closed`."""
 
     version: int | None
-    """The last committed version; None before the first one, and while torn."""
+    """The last committed version; None before the first one, while torn, and while a sync writes
+    over it in place."""
 
     epoch: str
     """Identity of the session that `version` was committed in; before that, of the present one."""
@@ -168,5 +169,5 @@ class ReceiverStatus:
     @property
     def ready(self) -> bool:
         """Whether there are weights of a committed version that may be served. While a sync writes
-        in place there aren't; whether it does, the target knows."""
+        over them in place there aren't."""
         return self.version is not None and self.state != "torn"

@@ -12,7 +12,13 @@ import torch
 
 from packedcomm.completion import measured
 from packedcomm.copying import Part
-from packedcomm.errors import ArgumentError, RemoteError, SessionStateError, summary
+from packedcomm.errors import (
+    ArgumentError,
+    ProtocolError,
+    RemoteError,
+    SessionStateError,
+    summary,
+)
 from packedcomm.leading import Leading
 from packedcomm.policy import SyncPolicy
 from packedcomm.results import ChangeStatistics, SyncResult, UnchangedWeightsWarning
@@ -35,6 +41,9 @@ __all__ = ["FullWeightSender", "LoraSender"]
 Stage = Literal["begin", "data", "end"]
 
 _LARGEST_VERSION = (1 << 63) - 1
+
+# What the leader of a sharded trainer shares of a sync that has succeeded, before the version.
+_COMMITTED = "committed as version "
 
 
 class FullWeightSender:
@@ -146,7 +155,7 @@ class FullWeightSender:
         changed: int | None = None
         changes: Mapping[str, ChangeStatistics] = {}
         if self._leading is None:
-            self._follow(snapshot)
+            version = self._follow(snapshot)
         else:
             digests, changes = self._lead(self._leading, snapshot, version, seconds)
             if digests is not None:
@@ -194,10 +203,10 @@ class FullWeightSender:
         if self.version is None or not self._in_step:
             raise SessionStateError("no_change: the last sync failed, or there was none")
         if self._leading is None:
-            self._raise_shared()
+            version = self._committed_version()
         else:
             self._in_step = False
-            with self._leading.failing(), self._sharing_failure():
+            with self._leading.failing(), self._sharing_failure(version=version):
                 self._leading.announce_no_change(version, self.version)
             self._in_step = True
         self.version = version
@@ -233,7 +242,7 @@ class FullWeightSender:
                 leading.assemble(seconds)
                 leading.agree(snapshot, version, seconds)
             gathered = self._gathered(leading, snapshot)
-            with self._sharing_failure(gathered, nbytes):
+            with self._sharing_failure(gathered, nbytes, version=version):
                 leading.move(snapshot, gathered, version, seconds)
                 digests = leading.verify(seconds)
                 changes = leading.commit(version, seconds)
@@ -274,6 +283,7 @@ class FullWeightSender:
         nbytes: int = 0,
         *,
         then: Stage = "end",
+        version: int | None = None,
     ) -> Iterator[None]:
         """Tell the trainer's other processes how the body ended, which waits for their gathers.
 
@@ -281,6 +291,7 @@ class FullWeightSender:
             gathered: what they are in the middle of.
             nbytes: of the data.
             then: what follows where the body succeeds.
+            version: what the body commits, if it does.
         """
         try:
             yield
@@ -296,10 +307,11 @@ class FullWeightSender:
                 self.source.share(summary(error))
             raise
         self._set_timeout(then, nbytes)
-        self.source.share(None)
+        self.source.share(None if version is None else f"{_COMMITTED}{version}")
 
-    def _follow(self, snapshot: Snapshot) -> None:
-        self._raise_shared()
+    def _follow(self, snapshot: Snapshot) -> int:
+        """Take part in a sync; returns the version that was committed."""
+        self._raise_shared(self.source.share(None))
         try:
             if snapshot.parts is None:
                 for _ in self.source.gather(snapshot):
@@ -309,10 +321,17 @@ class FullWeightSender:
             with contextlib.suppress(Exception):
                 self.source.share(None)
             raise
-        self._raise_shared()
+        return self._committed_version()
 
-    def _raise_shared(self) -> None:
-        failure = self.source.share(None)
+    def _committed_version(self) -> int:
+        # The leader's: it may know of versions that must not be used again.
+        shared = self.source.share(None)
+        if shared is None or not shared.startswith(_COMMITTED):
+            self._raise_shared(shared)
+            raise ProtocolError("the leading process of the trainer does something else")
+        return int(shared.removeprefix(_COMMITTED))
+
+    def _raise_shared(self, failure: str | None) -> None:
         if failure is not None:
             raise RemoteError(f"the leading process of the trainer failed: {failure}")
 

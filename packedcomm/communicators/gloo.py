@@ -103,7 +103,8 @@ class GlooCommunicator(Communicator):
         self._thread = TransferThread(group, settings.operation_timeout_s)
         self._grouped: list[Transfer] | None = None
         self._ended: str | None = None
-        self._ending = threading.Lock()
+        # A signal handler may abort what it interrupts.
+        self._ending = threading.RLock()
         self._closed = False
 
     @classmethod

@@ -61,7 +61,8 @@ class NcclOperations(Communicator):
         # Tensors of the group under way: nothing is issued before its end, so they must live.
         self._grouped: list[torch.Tensor] | None = None
         self._ended: str | None = None
-        self._ending = threading.Lock()
+        # A signal handler may abort what it interrupts.
+        self._ending = threading.RLock()
         self._closed = False
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:

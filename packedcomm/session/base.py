@@ -7,8 +7,10 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ SCHEMA_VERSION = 2
 _ASLEEP_S = 1.0
 
 _WORTH_A_RECORD = (ContextLost, DeadlineExceeded, PeerLost, RendezvousTimeout)
+
+
+@dataclass(frozen=True, weakref_slot=True, slots=True)
+class _Use:
+    """What a thread has a session for."""
+
+    thread: threading.Thread
+    operation: str
 
 
 class SessionEnd(Ending):
@@ -86,7 +96,8 @@ class SessionEnd(Ending):
         # Held by whichever thread takes what has come, so that the order of messages is kept.
         self._pumping = threading.Lock()
         # Which thread is in the middle of which operation.
-        self._users: dict[str, tuple[threading.Thread, str]] = {}
+        self._use: weakref.ref[_Use] | None = None
+        self._using = threading.RLock()
         self._last_look = time.monotonic()
         self._next_beat = 0.0
 
@@ -133,24 +144,27 @@ class SessionEnd(Ending):
 
     @contextmanager
     def exclusive(self, operation: str) -> Iterator[None]:
-        """Have the session for one operation. Calls within it, of the same thread, are its own.
+        """Have the session for one operation. Others within it, of the same thread, are its own.
 
         Raises:
             SessionStateError: another thread is in the middle of one.
         """
-        mine = (threading.current_thread(), operation)
-        # One instruction, so that only one thread has it. What an interrupt has left of this
-        # thread's own is taken over.
-        user = self._users.setdefault("session", mine)
-        if user[0] is not mine[0]:
-            raise SessionStateError(
-                f"{operation} on {self._role}: thread {user[0].name!r} is in the middle of "
-                f"{user[1]}: a session belongs to one thread at a time"
-            )
+        mine = _Use(threading.current_thread(), operation)
+        with self._using:
+            user = None if self._use is None else self._use()
+            if user is not None and user.thread is not mine.thread:
+                raise SessionStateError(
+                    f"{operation} on {self._role}: thread {user.thread.name!r} is in the middle of "
+                    f"{user.operation}: a session belongs to one thread at a time"
+                )
+            if user is None:
+                # It ends with this frame at the latest, wherever that is interrupted.
+                self._use = weakref.ref(mine)
         try:
             yield
         finally:
-            self._users.pop("session", None)
+            if user is None:
+                self._use = None
 
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:

@@ -7,6 +7,7 @@ gathers until memory ends. TCP's own count of bytes tells.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 
@@ -66,23 +67,28 @@ class Inflow:
         found = []
         for descriptor, since in self._since.items():
             received = _received(descriptor)
-            if descriptor in heard or received < since:
+            if received is None:
+                # Looked at next time.
+                self._heard |= heard & {descriptor}
+            elif descriptor in heard or received < since:
                 self._since[descriptor] = received
             elif received - since > self._most:
                 found.append(descriptor)
         return found
 
 
-def _received(descriptor: int) -> int:
-    """Bytes that a connection has received; 0 where the system doesn't tell."""
-    # ZeroMQ's descriptor is only borrowed. It may be closed by now, or mean another socket: whoever
-    # ends a connection looks which it is.
-    with contextlib.suppress(OSError):
-        borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)
-        try:
-            told = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
-        finally:
-            borrowed.detach()
+def _received(descriptor: int) -> int | None:
+    """Bytes that a connection has received; None where the system doesn't tell."""
+    # ZeroMQ's descriptor may be closed by now, or mean another socket: whoever ends a connection
+    # looks which it is. A socket object must not have it for a moment even: whoever is interrupted
+    # there would leave it to the garbage collector, which closes it under ZeroMQ.
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(
+            socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, os.dup(descriptor)
+        ) as duplicate,
+    ):
+        told = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
         if len(told) == _SIZE:
             return int(struct.unpack_from("=Q", told, _OFFSET)[0])
-    return 0
+    return None

@@ -237,6 +237,10 @@ class Offer(Message):
     at_once: Annotated[bool, flag] = False
     """Whether the data follows when all are ready, without `Proceed`."""
 
+    sender: Count = 0
+    """Which of those that send over this session; what one was told of regions another doesn't
+    know."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready(Message):

@@ -258,7 +258,8 @@ class ReceiverSession(Inbox):
         """After the connection was cut, by a sender to which too many come at once: connect again
         until there is an answer, ever more seldom."""
         for cuts in count(1):
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**cuts) * random.uniform(0.5, 1.0)  # noqa: S311
+            longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(cuts, 10))
+            pause = longest * random.uniform(0.5, 1.0)  # noqa: S311
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
             try:
                 self._channel = connect()

@@ -77,12 +77,13 @@ class SenderSession(Dialogue):
         """Number of the last sync that was decided to be committed."""
         self.committed_generation = 0
         """Generation of the communicator over which the last sync was committed."""
-        self.committed_by: object = None
-        """What tells whose that sync was."""
+        self.committed_by = 0
+        """Whose that sync was, as `next_sender` has numbered them."""
         self._first = receivers
         # Whether there has been a communicator of all that were waited for.
         self._begun = False
         self._syncs = 0
+        self._senders = 0
         self._hello: Hello | None = None
         self._misfit: PackedCommError | None = None
         self._closed = False
@@ -219,8 +220,10 @@ class SenderSession(Dialogue):
         begin = time.monotonic()
         try:
             self.drop_communicator("the members of the session have changed")
-            self.members.rank_anew()
-            members = list(self.members)
+            # Nobody is taken in meanwhile, with a rank after the old ones.
+            with self._pumping:
+                self.members.rank_anew()
+                members = list(self.members)
             self.world_size = len(members) + 1
             self.flight.note("assemble", ranks=[m.as_dict() for m in members])
             for member in members:
@@ -268,6 +271,11 @@ class SenderSession(Dialogue):
         """The number of a new sync of this epoch."""
         self._syncs += 1
         return self._syncs
+
+    def next_sender(self) -> int:
+        """A number for one of those that send over this session, from 1."""
+        self._senders += 1
+        return self._senders
 
     @property
     def last_sync(self) -> int:

@@ -7,9 +7,10 @@ import errno
 import os
 import socket
 import struct
+import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import zmq
 
@@ -36,6 +37,9 @@ FEW_PENDING = 64
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
 SOURCE = int(zmq.SRCFD)
 NOWHERE = -1
+
+# Parts of a message that are dropped in one go, which takes some milliseconds.
+PARTS = 4096
 
 # The arguments of a single call.
 _ONCE, _NO_COPY = (NOW,), (False,)
@@ -74,6 +78,8 @@ class SenderChannel(Channel):
             TooManyOpenFiles: fewer descriptors are free than a channel needs.
         """
         self._half_sent = False
+        # Whether more parts follow of a message that nothing is taken of.
+        self._skipping = False
         self._suspect_until = 0.0
         self._next_question = 0.0
         # Descriptors of connections that nothing has come from, the oldest first.
@@ -214,6 +220,8 @@ class SenderChannel(Channel):
         receive, taken = self._socket.recv, self._taken
         sources = []
         while taken or (len(self.received) < BATCH and self._socket.getsockopt(EVENTS) & READABLE):
+            if self._skipping and not self._skip(receive):
+                break  # others want the channel, too
             try:
                 if not taken:
                     # One instruction of the interpreter's takes both from ZeroMQ and keeps them:
@@ -242,17 +250,29 @@ class SenderChannel(Channel):
             taken.clear()
             name, frame = frame, receive(NOW, copy=False)
             taken.append((name, frame))
-        if frame.more:
-            # Nothing of ours has several parts: dropped as they come, and the frame with them, by
-            # the codec.
-            taken[0] = (name, _NO_FRAME)
-            part = frame
-            while part.more:
-                part = receive(NOW, copy=False)
+        source = NOWHERE
         # A peer of an old version of the protocol, or whose bytes look like one, has none.
         with contextlib.suppress(zmq.ZMQError):
-            return int(frame.get(SOURCE))
-        return NOWHERE
+            source = int(frame.get(SOURCE))
+        if frame.more:
+            # Nothing of ours has several parts. These may be millions, which are dropped some at a
+            # time, and the frame with them, by the codec.
+            taken[0] = (name, _NO_FRAME)
+            self._skipping = True
+            if source != NOWHERE:
+                _cut(source, self._port, socket.SHUT_RDWR)
+        return source
+
+    def _skip(self, receive: Callable[..., zmq.Frame]) -> bool:
+        """Drop parts of a message; whether all are."""
+        with contextlib.suppress(zmq.Again):  # what an interrupt has lost was the last one
+            for _ in range(PARTS):
+                if not receive(NOW, copy=False).more:
+                    break
+            else:
+                return False
+        self._skipping = False
+        return True
 
     def _try_to_send(self, peer: bytes, frame: bytes) -> bool:
         if self._half_sent:
@@ -287,8 +307,9 @@ def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> None:
             # socket, or a file.
             own = os.dup(descriptor)
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if error.errno != errno.EMFILE or threading.current_thread() is threading.main_thread():
                 raise
+            # A thread that no signal interrupts gives it back for certain.
             own = descriptor
         try:
             connection = socket.socket(fileno=own)

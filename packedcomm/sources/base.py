@@ -79,11 +79,10 @@ class Source(Protocol):
                 items, but not before all transfers are done.
         """
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """Tell all processes of the source what happened on the leader, and return that.
 
         A collective over the processes of a sharded trainer; the identity where there is only one.
-        None means success.
 
         Raises:
             DeadlineExceeded, PeerLost: as `snapshot`.

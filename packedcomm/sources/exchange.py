@@ -155,11 +155,11 @@ class Exchange:
                 f"{listed(problems)}"
             )
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """The leader's text on every process; a collective. Text past 1 MiB is cut off."""
-        text = b"" if failure is None else failure.encode(errors="replace")[:_MOST_TEXT_BYTES]
+        text = b"" if outcome is None else outcome.encode(errors="replace")[:_MOST_TEXT_BYTES]
         word = torch.tensor(
-            [_NOTHING if failure is None else len(text), _milliseconds(self._others_s)],
+            [_NOTHING if outcome is None else len(text), _milliseconds(self._others_s)],
             dtype=torch.int64,
             device=self._device,
         )

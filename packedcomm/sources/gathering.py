@@ -218,12 +218,12 @@ class GatheringSource(abc.ABC):
             raise
         self._exchange.agree(rounds.failure)
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """See `Source`."""
         if self._exchange is None:
-            return failure
+            return outcome
         self._exchange.begin("share")
-        return self._exchange.share(failure)
+        return self._exchange.share(outcome)
 
 
 def _stale() -> SessionStateError:

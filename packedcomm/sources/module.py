@@ -160,6 +160,6 @@ class ModuleSource:
         while remaining:
             yield remaining.pop()
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """See `Source`: there is one process."""
-        return failure
+        return outcome

@@ -205,9 +205,9 @@ class ShardedSource:
         """See `Source`: nothing needs gathering."""
         yield from snapshot.parts or ()
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """See `Source`: there is one process."""
-        return failure
+        return outcome
 
 
 def _as_plain_tensor(name: str, array: Any) -> torch.Tensor:

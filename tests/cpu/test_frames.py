@@ -265,7 +265,7 @@ def _wire(name: str, *values: object) -> bytes:
 _REGION = [0, [0], [4], "float32", 1.0]
 _HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1], 1.0, 30.0, 1 << 26]
 _WELCOME = ["e", 1, 2, "gloo", "native", 1, 0]
-_OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True, False]
+_OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True, False, 1]
 
 
 def _with(values: list[object], index: int, value: object) -> list[object]:

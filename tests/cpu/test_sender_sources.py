@@ -30,9 +30,9 @@ class Own:
         self.calls.append("gather")
         return self._inner.gather(snapshot)
 
-    def share(self, failure):
-        self.calls.append("share" if failure is None else failure)
-        return failure
+    def share(self, outcome):
+        self.calls.append("share" if outcome is None else outcome)
+        return outcome
 
 
 class OwnBounded(Own):
@@ -66,7 +66,7 @@ def _failing(source, snapshot):
 def test_a_users_own_source_needs_no_deadlines():
     assert isinstance(Own({}), Source)
     assert not isinstance(Own({}), BoundedSource)
-    assert _calls(Own)[:4] == ["snapshot", "share", "gather", "share"]
+    assert _calls(Own)[:4] == ["snapshot", "share", "gather", "committed as version 0"]
 
 
 @pytest.mark.parametrize("kind", [ModuleSource, ShardedSource])
@@ -84,9 +84,10 @@ def test_a_source_is_told_each_stages_deadlines():
     begin = QUICK.agree_timeout_s, QUICK.assembly_seconds()
     end = QUICK.agree_timeout_s, None
     calls = _calls(OwnBounded)
-    assert calls[:7] == [begin, "snapshot", data, "share", "gather", end, "share"]
+    committed = [f"committed as version {version}" for version in range(2)]
+    assert calls[:7] == [begin, "snapshot", data, "share", "gather", end, committed[0]]
     # Nothing but the outcome is shared of a version without data.
-    assert calls[7:] == [end, "share"]
+    assert calls[7:] == [end, committed[1]]
 
 
 def test_after_a_failure_the_rest_of_a_gather_has_time_anew():

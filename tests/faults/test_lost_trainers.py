@@ -15,7 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, WeightReceiver
-from packedcomm.errors import DeadlineExceeded, PeerLost, SessionStateError
+from packedcomm.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    PeerLost,
+    RemoteError,
+    SessionStateError,
+)
 from packedcomm.sources import DTensorSource, gathering, rounds
 from tests.helpers.operations import raised
 from tests.helpers.peers import PATIENT, SECRET
@@ -198,6 +204,58 @@ def _gather(rank, world_size, store, task):
 
 
 @pytest.mark.fault(3)
+class FailsOnce(TensorTarget):
+    """Its second commit fails."""
+
+    commits = 0
+
+    def commit(self, manifest):
+        self.commits += 1
+        if self.commits == 2:
+            raise CapacityError("this time")
+
+
+def _version_of(call):
+    try:
+        return call().version
+    except (CapacityError, RemoteError):
+        return None
+
+
+def _versions(rank, world_size, store, meeting):
+    if rank == RECEIVER:
+        assert meeting[RECEIVER][0].poll(20.0)
+        address = meeting[RECEIVER][0].recv()
+        with Session.connect(address, secret=SECRET, device="cpu", settings=PATIENT) as end:
+            receiver = WeightReceiver(
+                FailsOnce({f"w{i}": torch.zeros(9, 4) for i in range(TENSORS)}), end
+            )
+            return [_version_of(receiver.receive) for _ in range(5)]
+    join(rank, 2, store)
+    source = DTensorSource(_tensors(2))
+    session = None
+    if rank == LEADER:
+        session = Session.listen(
+            "127.0.0.1:0", receivers=1, secret=SECRET, device="cpu", settings=PATIENT
+        )
+        meeting[RECEIVER][1].send(session.address)
+    sender = FullWeightSender(source, session)
+    calls = [sender.sync] * 3 + [sender.no_change, lambda: sender.sync(9)]
+    found = [_version_of(call) for call in calls]
+    dist.barrier()
+    if session is not None:
+        session.close()
+    return found
+
+
+def test_all_trainer_processes_know_the_version_that_was_committed(tmp_path):
+    """Also after one that was decided, and may be shown somewhere, although its sync has failed."""
+    found = run_ranks(_versions, 3, tmp_path / "store", pipes(3))
+    assert found[LEADER] == [0, None, 2, 3, 9]
+    assert found[TRAINER] == found[LEADER]
+    assert found[RECEIVER] == found[LEADER]
+
+
 def test_closing_a_gather_early_waits_no_longer_than_its_deadline(tmp_path):
     [(closed, (after, text, _)), _] = run_ranks(
         _gather, 2, str(tmp_path / "store"), "close", lost=(1,)

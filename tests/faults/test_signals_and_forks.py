@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
+import torch
 
+from packedcomm import GlooCommunicator, Listener, TensorTarget, WeightReceiver
 from packedcomm.errors import SessionStateError
 from packedcomm.session.messages import Proceed, Ready
 from tests.helpers.in_process import sessions
@@ -41,6 +44,35 @@ def test_a_signal_handler_may_end_the_session_that_it_interrupts(who, call):
             signal.signal(signal.SIGUSR2, before)
         interrupted.close()
         eventually(lambda: interrupted._channel._context.closed)
+
+
+def test_a_signal_handler_may_close_the_receiver_whose_status_is_asked():
+    closed = []
+    with sessions(1) as (_, (end,)):
+        receiver = WeightReceiver(TensorTarget({"a": torch.zeros(4)}), end)
+        receiver.start()
+
+        def handle(*_):
+            if not closed:
+                closed.append(True)
+                receiver.close()
+
+        before = signal.signal(signal.SIGALRM, handle)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            deadline = time.monotonic() + 10
+            while not closed and time.monotonic() < deadline:
+                receiver.status()
+            assert receiver.status().state == "closed"
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("connect", [GlooCommunicator.connect])
+def test_a_communicator_may_be_aborted_by_a_handler_in_the_middle_of_its_abort(connect):
+    with connect(Listener.bind("127.0.0.1:0"), 0, 1) as alone, alone._ending:
+        alone.abort("by the handler")
+        assert alone._ended == "by the handler"
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])

@@ -117,7 +117,7 @@ def test_no_change_is_refused_where_there_is_nothing_to_keep():
         # Another sender knows nothing of that, but the receivers do.
         other = FullWeightSender(weights(1.0), session)
         other.version, other._in_step = 3, True
-        session.committed_by = other._leading._mark
+        session.committed_by = other._leading._sender
         outcome = Round(lambda: other.no_change(9), receivers)
         assert isinstance(outcome.sent, RemoteError)
         assert "SessionStateError: " in str(outcome.sent)
@@ -132,6 +132,36 @@ def test_several_senders_share_a_session():
             sender = FullWeightSender(weights(value), session, verify=True)
             assert Round(sender.sync, [receiver]).sent.verified
             assert live["b"].tolist() == [value] * 4
+
+
+class Pair(torch.nn.Module):
+    """Two parameters that may be one."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.full((8, 8), value))
+        self.b = self.a
+
+    def untie(self):
+        self.b = torch.nn.Parameter(self.a.detach().clone())
+
+
+def test_each_sender_of_a_session_is_told_what_is_held_anew():
+    live = Pair(0.0)
+    sent = [Pair(1.0), Pair(7.0)]
+    with sessions(1) as (session, (end,)):
+        receiver = WeightReceiver(TensorTarget(live), end)
+        senders = [FullWeightSender(model, session, verify=True) for model in sent]
+        for untie in (False, True):
+            if untie:
+                live.untie()
+            for model, sender in [*zip(sent, senders, strict=True)] * 2:
+                with torch.no_grad():
+                    model.a += 1
+                assert Round(sender.sync, [receiver]).sent.verified
+                assert torch.equal(live.a, model.a)
+                assert torch.equal(live.b, model.a)
+        assert session.generation == 1
 
 
 @pytest.mark.fault(21)

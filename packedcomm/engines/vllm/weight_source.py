@@ -96,9 +96,9 @@ class WeightSourceAdapter:
         with contextlib.suppress(Exception):
             self.take_part()
 
-    def share(self, failure: str | None) -> str | None:
+    def share(self, outcome: str | None) -> str | None:
         """See `Source`: vLLM has no way to share it."""
-        return failure
+        return outcome
 
     def _begin_pass(self) -> Iterator[tuple[str, torch.Tensor]]:
         iterate = getattr(self._source, "iter_full", None)
