@@ -311,6 +311,7 @@ class Following:
                 raise ProtocolError(
                     f"the offered manifest has digest {known.digest}, announced was {offer.digest}"
                 )
+            known.check_limits(self._session.settings)
             while len(self._manifests) >= _KEPT_MANIFESTS:
                 oldest = next(iter(self._manifests))
                 del self._manifests[oldest]

@@ -144,6 +144,8 @@ class Leading:
                 self._held.clear()
                 self._agreed.clear()
             known = digest in self._agreed
+            if not known:
+                manifest.check_limits(session.settings)
             # Where a communicator is soon made anew, whoever has agreed before needn't wait for the
             # others' word before it waits for the data.
             self._at_once = known and session.transport == "gloo"

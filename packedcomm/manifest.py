@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from packedcomm.errors import ManifestError
-from packedcomm.settings import DEFAULTS
+from packedcomm.settings import DEFAULTS, LOWERED, Settings
 
 __all__ = ["DTYPE_SIZES", "Manifest", "TensorSpec", "checked_nbytes", "dtype_name"]
 
@@ -260,6 +260,32 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(spec.nbytes for spec in self.specs)
+
+    def check_limits(self, settings: Settings) -> None:
+        """Refuse what is more than these settings allow; the defaults hold for every manifest.
+
+        Raises:
+            ManifestError: there are too many tensors, or a name or a shape is too long.
+        """
+        lowered = [name for name in LOWERED if getattr(settings, name) < getattr(DEFAULTS, name)]
+        if not lowered:
+            return
+        if len(self.specs) > settings.max_tensors:
+            raise ManifestError(
+                f"manifest has {len(self.specs)} tensors, at most {settings.max_tensors} are "
+                "allowed (Settings.max_tensors)"
+            )
+        for spec in self.specs:
+            if len(spec.name.encode()) > settings.max_name_bytes:
+                raise ManifestError(
+                    f"tensor {spec.name!r:.200}: the name has more than {settings.max_name_bytes} "
+                    "bytes of UTF-8 (Settings.max_name_bytes)"
+                )
+            if len(spec.shape) > settings.max_dimensions:
+                raise ManifestError(
+                    f"tensor {spec.name!r:.200}: shape has {len(spec.shape)} dimensions, at most "
+                    f"{settings.max_dimensions} are allowed (Settings.max_dimensions)"
+                )
 
     def to_json(self) -> str:
         """Canonical JSON: the same manifest always gives the same text."""

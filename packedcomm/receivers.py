@@ -20,7 +20,6 @@ from packedcomm.errors import (
     PackedCommError,
     PeerLost,
     ProtocolError,
-    RemoteError,
     SessionStateError,
 )
 from packedcomm.following import Following, Update
@@ -113,8 +112,9 @@ class WeightReceiver:
         """
         if self._end is SyncState.CLOSED:
             raise SessionStateError("receive: the receiver is closed")
-        if self._thread is not None:
-            raise SessionStateError("receive: a thread of this receiver is receiving already")
+        if (thread := self._thread) is not None:
+            how = "is receiving already" if thread.is_alive() else "has ended: see status().error"
+            raise SessionStateError(f"receive: a thread of this receiver {how}")
         with self.session.exclusive("receive"), self._answering():
             self._following.clear_up()
             message = self._next(timeout_s, since)
@@ -311,7 +311,7 @@ class WeightReceiver:
                 return None
             case Close():
                 self._end_as(SyncState.FAILED)
-                raise RemoteError(f"the sender has ended the session here: {message.reason}")
+                raise PeerLost(f"the sender has ended the session here: {message.reason}")
             case Offer() | NoChange() | Commit():
                 return self._result(self._update(message), begin)
         raise ProtocolError(f"the sender sent {type(message).__name__}, expected an offer")

@@ -228,7 +228,7 @@ class FullWeightSender:
             # A version that was decided may be shown somewhere, also where its sync has failed.
             decided = None if self._leading is None else self._leading.decided_version
             known = [v for v in (self.version, decided) if v is not None]
-            return max(known) + 1 if known else 0
+            version = max(known) + 1 if known else 0
         if type(version) is not int or not 0 <= version <= _LARGEST_VERSION:
             raise ArgumentError(f"version must be an integer in 0..2^63-1, got {version!r}")
         return version

@@ -29,6 +29,10 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
+# Limits that hold for every manifest, and that settings can only lower.
+LOWERED = ("max_tensors", "max_name_bytes", "max_dimensions")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Defaults and limits.
@@ -88,7 +92,7 @@ class Settings:
     """Existing folder for these records; empty means the system's folder for temporary files."""
 
     max_tensors: int = 4_000_000
-    """Cap on the entries of a manifest."""
+    """Cap on the entries of a manifest; this and the next two can be lowered only."""
 
     max_name_bytes: int = 4096
     """Cap on the length of a tensor's name in UTF-8."""
@@ -134,6 +138,10 @@ class Settings:
                     )
             elif value < 1:
                 raise ArgumentError(f"Settings.{entry.name} must be >= 1, got {value!r}")
+            elif entry.name in LOWERED and value > entry.default:
+                raise ArgumentError(
+                    f"Settings.{entry.name} must be <= {entry.default:,}, got {value!r}"
+                )
         if self.heartbeat_interval_s * 2 > self.heartbeat_timeout_s:
             raise ArgumentError(
                 f"Settings.heartbeat_timeout_s must be at least twice heartbeat_interval_s, got "

@@ -127,7 +127,7 @@ class ReceiverChannel(Channel):
             if refusals >= REFUSALS:
                 raise AuthenticationError(
                     f"{self.address} refuses this receiver: the sender has another secret, or "
-                    "one side has none"
+                    "one side has none; or it is no sender of packedcomm's that listens there"
                 )
             if time.monotonic() >= deadline:
                 raise RendezvousTimeout(

@@ -168,14 +168,20 @@ class SenderSession(Dialogue):
         """
         self._check_open("assemble")
         self._pump(0.0)
-        self._drop_gone()
+        self.drop_gone()
         if not len(self.members):
             self._await_members(1, deadline_after(self.settings.connect_timeout_s))
         if self._communicator is not None and all(m.connected for m in self.members):
             return 0.0
         return self._assemble()
 
-    def _drop_gone(self) -> None:
+    def drop_gone(self) -> None:
+        """Go on without the receivers that have gone.
+
+        Raises:
+            PeerLost, DeadlineExceeded: some have gone that nobody has heard of yet, without leaving
+                in order.
+        """
         gone = self.members.take_out_gone()
         for member in gone:
             # One that was only stopped learns it when it wakes up.

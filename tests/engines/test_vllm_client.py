@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from packedcomm.errors import (
     SessionStateError,
 )
 from packedcomm.session import SenderSession
+from tests.helpers.peers import eventually
 from tests.helpers.sessions import QUICK
 from tests.helpers.vllm_server import VllmServer
 
@@ -116,6 +118,46 @@ def test_kept_requests_have_the_caches_reset_apart(server, session):
         "reset_running_requests": "true",
         "reset_external": "true",
     }
+
+
+def test_an_update_of_another_thread_meanwhile_is_refused_before_anything_is_called(
+    server, session
+):
+    updater = connected(server, session)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def start(body):
+        inside.set()
+        assert go_on.wait(20)
+
+    server.refuse["start_weight_update"] = start
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(updater.update, FullWeightSender(weights(2.0), session))
+        assert inside.wait(20)
+        came = list(server.came)
+        with pytest.raises(SessionStateError, match="one thread at a time"):
+            updater.update(FullWeightSender(weights(3.0), session))
+        assert server.came == came
+        go_on.set()
+        assert first.result(20).result.receivers == 1
+    assert server.came == CYCLE
+    assert_holds(server, 2.0)
+
+
+def test_without_receivers_nothing_is_called_and_a_loss_is_told_once(server, session):
+    updater = connected(server, session)
+    for receiver in server.receivers:
+        receiver.session.abort("killed")
+    eventually(lambda: not session.members.present)
+    sender = FullWeightSender(weights(2.0), session)
+    with pytest.raises(PeerLost, match="receiver rank 1"):
+        updater.update(sender)
+    with pytest.raises(SessionStateError, match="no receiver is connected"):
+        updater.update(sender)
+    assert server.came == []
+    updater.connect()
+    updater.update(sender)
+    assert_holds(server, 2.0)
 
 
 def test_an_engine_of_which_a_part_is_asleep_stays_paused(server, session):

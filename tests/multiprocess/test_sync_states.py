@@ -7,6 +7,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from packedcomm.region_digests import RegionDigests
 from packedcomm.targets.staged import StagedPart
 from packedcomm.verification import ChangeCount, change_statistics
 from tests.helpers.in_process import Round, sessions
+from tests.helpers.sessions import QUICK
 
 
 def weights(value: float, names: str = "ab") -> dict[str, torch.Tensor]:
@@ -132,6 +134,34 @@ def test_several_senders_share_a_session():
             sender = FullWeightSender(weights(value), session, verify=True)
             assert Round(sender.sync, [receiver]).sent.verified
             assert live["b"].tolist() == [value] * 4
+
+
+LOWERED = [
+    ({"max_tensors": 1}, "2 tensors, at most 1"),
+    ({"max_name_bytes": 5}, "more than 5 bytes"),
+    ({"max_dimensions": 1}, "2 dimensions, at most 1"),
+]
+
+
+@pytest.mark.parametrize(("limit", "text"), LOWERED)
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_limits_of_settings_hold_for_manifests(who, limit, text):
+    sent = {"a": torch.ones(2), "longer": torch.ones(2, 2)}
+    live = {name: torch.zeros_like(tensor) for name, tensor in sent.items()}
+    with sessions(1) as (session, (end,)):
+        limited = session if who == "sender" else end
+        limited.settings = replace(QUICK, **limit)
+        receiver = WeightReceiver(TensorTarget(live), end)
+        receiver.start()
+        sender = FullWeightSender(sent, session)
+        with pytest.raises(ManifestError, match=text):
+            sender.sync()
+        if who == "receiver":
+            eventually(lambda: isinstance(receiver.status().error, ManifestError))
+        limited.settings = QUICK
+        assert sender.sync().version == 0
+        assert torch.equal(live["longer"], sent["longer"])
+        receiver.close()
 
 
 class Pair(torch.nn.Module):

@@ -179,7 +179,9 @@ class EngineUpdater:
             PackedCommError: an engine failed, as what `HttpEngine` says. If it did so after the
                 commit, a note says so.
             DeadlineExceeded: an engine didn't answer in time.
-            SessionStateError: no receiver is connected.
+            PeerLost, DeadlineExceeded: a receiver was lost since the last sync; said once, then the
+                session goes on without it.
+            SessionStateError: no receiver is connected; or another thread uses the session.
             ArgumentError: the sender is another session's, an adapter's weights are to be a draft
                 model's, or an engine knows no draft models (vLLM does from 0.26 on).
         """
@@ -199,9 +201,11 @@ class EngineUpdater:
             self.session.epoch,
         )
         update = UpdateSteps(self.engines, self._timeout_s, seconds)
-        with measured(seconds, "total"):
+        with self.session.exclusive("update"), measured(seconds, "total"):
             try:
-                if not self._leading("update").members.present:
+                session = self._leading("update")
+                if not session.members.present:
+                    session.drop_gone()
                     raise SessionStateError("update: no receiver is connected: call connect")
                 if draft:
                     self._check_drafts()
@@ -214,7 +218,7 @@ class EngineUpdater:
             except BaseException as error:
                 if not update.begun:
                     _release_followers(sender, error)
-                update.clean_up(error, resume=self._pause_mode is not None)
+                update.clean_up(error)
                 raise
             if self._pause_mode is not None:
                 update.resume()

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from packedcomm.completion import measured
 from packedcomm.engines.vllm.calls import Calls, call_all, decisive
 from packedcomm.engines.vllm.handles import PauseMode, finish_update
-from packedcomm.errors import PackedCommError, SessionStateError
+from packedcomm.errors import DeadlineExceeded, PackedCommError, SessionStateError
 
 __all__ = ["Ending", "UpdateSteps"]
 
@@ -20,7 +20,8 @@ Sent = TypeVar("Sent")
 # What a worker needs to give up after it has waited for a sync in vain.
 _MARGIN_S = 5.0
 
-# How long engines may take to come back when the caller is interrupted: somebody wants to get out.
+# How long engines may take to come back when the caller is interrupted: somebody wants to get out;
+# and when they have taken all of their time already.
 _INTERRUPTED_S = 10.0
 
 _SENT = "everything had been sent, and committed where there is a commit"
@@ -54,6 +55,7 @@ class UpdateSteps:
         self._sent = False
         # An engine that pauses later than it was waited for goes on at once.
         self._gone_on = threading.Event()
+        self._paused = False
         self.begun = False
         """Whether the engines were told to receive."""
 
@@ -73,6 +75,7 @@ class UpdateSteps:
                     f"{engine!r} isn't paused: pause it before, or give a pause_mode"
                 )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
+        self._paused = mode is not None
         with measured(self._seconds, "pause"):
             self._all("pause", pausing, partial(self._pause, mode, flush))
         if flush:
@@ -158,10 +161,10 @@ class UpdateSteps:
         with measured(self._seconds, "resume"), self._noting():
             self._all("resume", able, lambda engine: engine.resume())
 
-    def clean_up(self, error: BaseException, *, resume: bool) -> None:
-        """After a failure: end the update where vLLM is in the middle of it, and go on. What fails
-        here becomes a note of the error."""
-        if not isinstance(error, Exception):
+    def clean_up(self, error: BaseException) -> None:
+        """After a failure: end the update where vLLM is in the middle of it, and go on where this
+        has paused it. What fails here becomes a note of the error."""
+        if not isinstance(error, Exception) or isinstance(error, DeadlineExceeded):
             self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         active = [self._engines[index] for index in sorted(self._active)]
         try:
@@ -169,7 +172,7 @@ class UpdateSteps:
         except PackedCommError as second:
             error.add_note(f"and the update could not be ended: {second}")
         try:
-            if resume:
+            if self._paused:
                 self._gone_on.set()
                 self.resume()
         except PackedCommError as second:

@@ -205,7 +205,7 @@ class StockSender:
                 if steps.begun:
                     # Nobody knows how far the workers are.
                     self.close()
-                steps.clean_up(error, resume=self._pause_mode is not None)
+                steps.clean_up(error)
                 raise
             if self._pause_mode is not None:
                 steps.resume()
