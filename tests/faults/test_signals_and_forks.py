@@ -75,6 +75,10 @@ def test_a_communicator_may_be_aborted_by_a_handler_in_the_middle_of_its_abort(c
         assert alone._ended == "by the handler"
 
 
+# An interrupt that strikes while a set forgets what has just been collected is the interpreter's.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <function WeakSet:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_a_close_that_is_interrupted_leaves_nothing_behind(who):
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
