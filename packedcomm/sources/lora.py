@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, getitem
 from typing import Any
@@ -16,7 +16,7 @@ from packedcomm.sources.entries import Attributes, NamedTensor, Transform
 from packedcomm.sources.exchange import Exchange
 from packedcomm.sources.gathering import GatheringSource
 from packedcomm.sources.lora_attributes import PREFIX, LoraDescription, layer_description
-from packedcomm.sources.structure import ModuleRecord, joined, modules_by_name
+from packedcomm.sources.structure import PARTS, ModuleRecord, joined, modules_by_name
 
 __all__ = ["LoraSource"]
 
@@ -27,6 +27,9 @@ _SCALED = ("lora_B", "lora_embedding_B")
 _MAGNITUDE = "lora_magnitude_vector"
 
 _scaling = attrgetter("scaling")
+
+# Where containers of adapters keep them.
+_OWN = {"ModuleDict": ("_modules",), "ParameterDict": ("_parameters",), "BufferDict": ("_buffers",)}
 
 
 class LoraSource(GatheringSource):
@@ -96,8 +99,9 @@ class LoraSource(GatheringSource):
                 listed.
         """
         self._structure = None
-        structure = ModuleRecord(self._model)
         config = self._config()
+        trained = getattr(config, "bias", "none")
+        structure = ModuleRecord(self._model, self._parts_of(trained))
         modules: dict[str, dict[str, Any]] = {}
         layers = []
         owners: dict[str, str] = {}
@@ -118,11 +122,31 @@ class LoraSource(GatheringSource):
             raise ManifestError(f"LoRA adapter {self._adapter!r}: {self._what_is_missing()}")
         if unknown:
             raise ManifestError(f"LoRA adapter {self._adapter!r}: {listed(unknown)}")
-        named.extend(self._biases(getattr(config, "bias", "none")))
+        named.extend(self._biases(trained))
         self._layers = layers
         self._scalings = [layer.scaling[self._adapter] for layer in layers]
         self._structure = structure
         return named, LoraDescription(self._adapter, self._fold_scaling, modules, owners)
+
+    def _parts_of(self, trained: str) -> Callable[[nn.Module], Sequence[str]]:
+        """What of each module decides what is read, so that not all of a large model is looked at
+        before every sync. New layers and adapters come into modules that have some already.
+
+        Args:
+            trained: which biases of the base model are trained.
+        """
+        own: dict[int, Sequence[str]] = {}
+        for module in self._model.modules():
+            for _, container in _containers(module):
+                own.update((id(part), PARTS) for part in container.modules())
+                own[id(container)] = _OWN.get(type(container).__name__, PARTS)
+        biases = () if trained == "none" else ("_parameters",)
+
+        def parts_of(module: nn.Module) -> Sequence[str]:
+            children = ("_modules",) if module._modules else ()
+            return own.get(id(module), (*children, *biases))
+
+        return parts_of
 
     def _config(self) -> Any:
         """PEFT's configuration of the adapter; None where the model doesn't keep it."""

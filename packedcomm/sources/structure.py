@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -16,6 +16,7 @@ from packedcomm.sources.entries import NamedTensor, is_dtensor
 from packedcomm.sources.transforms import NamePatterns, Selection
 
 __all__ = [
+    "PARTS",
     "AddressRecord",
     "MappingRecord",
     "ModuleRecord",
@@ -33,7 +34,8 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # Wrappers whose `module` is an ordinary name elsewhere, so they are told by their class.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-_dictionaries = attrgetter("_modules", "_parameters", "_buffers")
+# What a module keeps others, parameters and buffers in.
+PARTS = ("_modules", "_parameters", "_buffers")
 
 
 def modules_by_name(root: nn.Module, unwrap: bool) -> Iterator[tuple[str, nn.Module]]:
@@ -120,11 +122,23 @@ class ModuleRecord:
 
     Comparing runs no Python per module or tensor: all loops are in C. Modules that FSDP2 has left
     unsharded after a forward pass are resharded first, since that puts other parameters in place.
+
+    Args:
+        root: the tree.
+        parts_of: which of a module's `PARTS` are remembered; None is all.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        parts_of: Callable[[nn.Module], Sequence[str]] = lambda _: PARTS,
+    ) -> None:
         unique = {id(module): module for _, module in modules_by_name(root, unwrap=False)}
         self.modules = list(unique.values())
+        self._by_part = [
+            (attrgetter(part), [module for module in self.modules if part in parts_of(module)])
+            for part in PARTS
+        ]
         self._fsdp_modules: list[Any] = [module for module in self.modules if is_fsdp(module)]
         self._reshard()
         dictionaries = self._dictionaries()
@@ -138,11 +152,11 @@ class ModuleRecord:
             module.reshard()
 
     def _dictionaries(self) -> list[dict[str, Any]]:
-        return list(chain.from_iterable(map(_dictionaries, self.modules)))
+        return list(chain.from_iterable(map(part, modules) for part, modules in self._by_part))
 
     def holds(self) -> bool:
-        """Whether every module still has the same children, parameters and buffers, by identity and
-        name."""
+        """Whether every module still has the same children, parameters and buffers, as far as they
+        are remembered, by identity and name."""
         self._reshard()
         dictionaries = self._dictionaries()
         # Lengths first: equal lengths are what lets the flattened lists be compared one by one.

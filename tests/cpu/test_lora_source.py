@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -240,6 +242,40 @@ def test_changes_are_noticed():
     model.delete_adapter("default")
     with pytest.raises(ManifestError):
         source.snapshot()
+
+
+def memory_of(tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def sent_memory(source):
+    parts = (part for parts in source.snapshot().parts for part in parts)
+    return memory_of(part.tensor for part in parts)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whatever_leads_to_a_tensor_that_is_sent_may_be_replaced(kind):
+    model = MODELS[kind]()
+    source = LoraSource(model)
+    sent = sent_memory(source)
+    replaced = 0
+    for module in list(model.modules()):
+        for kept in (module._modules, module._parameters, module._buffers):
+            for name, held in list(kept.items()):
+                if held is None:
+                    continue
+                inside = isinstance(held, torch.nn.Module)
+                tensors = [*held.parameters(), *held.buffers()] if inside else [held]
+                if not sent & memory_of(tensors):
+                    continue
+                kept[name] = copy.deepcopy(held)
+                present = memory_of([*model.parameters(), *model.buffers()])
+                found = sent_memory(source)
+                assert found <= present, (type(module), name)
+                kept[name] = held
+                assert sent_memory(source) == sent
+                replaced += 1
+    assert replaced >= 4
 
 
 def test_transforms_apply_to_adapters():
