@@ -192,7 +192,14 @@ def test_a_cache_that_cant_be_reset_is_an_error(server, engine):
         engine(llm).reset_prefix_cache()
 
 
-@pytest.mark.parametrize("kind", [PausingActor, WakingActor])
+class OwnWakingActor(PausingActor):
+    """Has a `wake_up` of its own."""
+
+    def wake_up(self):
+        raise AssertionError("all of it would be woken up")
+
+
+@pytest.mark.parametrize("kind", [PausingActor, WakingActor, OwnWakingActor])
 def test_an_actor_of_which_a_part_is_asleep_stays_paused(server, kind):
     actor = kind(server)
     actor.asleep = kind is WakingActor

@@ -239,7 +239,10 @@ class RayEngine:
         able = [handle for handle in self._handles if hasattr(handle, "resume_generation")]
         # Where there is `wake_up`, as vLLM has: it resumes nothing of which a part is asleep.
         waking = [handle for handle in able if hasattr(handle, "wake_up")]
-        self._call("wake_up", ["scheduling"], handles=waking)
+        try:
+            self._call("wake_up", ["scheduling"], handles=waking)
+        except TypeError:
+            waking = []  # an actor's own `wake_up`, which takes no tags
         self._call("resume_generation", handles=[h for h in able if h not in waking])
 
     def is_paused(self) -> bool | None:
