@@ -68,20 +68,24 @@ def _fall_in_gather(how, tensor=3):
     rounds.Gathered.local = local
 
 
-def _sync(rank, world_size, store, meeting, victim, where, how):
-    """The second sync loses a process; returns what the others make of it."""
-    settings = _settings(where)
-    if rank == RECEIVER:
-        return _receive(meeting, settings)
+def _trainer(rank, store, meeting, settings):
+    """A process of a trainer of two: its session, if it leads, and its sender."""
     join(rank, 2, store)
-    source = DTensorSource(_tensors(2))
     session = None
     if rank == LEADER:
         session = Session.listen(
             "127.0.0.1:0", receivers=1, secret=SECRET, device="cpu", settings=settings
         )
         meeting[RECEIVER][1].send(session.address)
-    sender = FullWeightSender(source, session)
+    return session, FullWeightSender(DTensorSource(_tensors(2)), session)
+
+
+def _sync(rank, world_size, store, meeting, victim, where, how):
+    """The second sync loses a process; returns what the others make of it."""
+    settings = _settings(where)
+    if rank == RECEIVER:
+        return _receive(meeting, settings)
+    session, sender = _trainer(rank, store, meeting, settings)
     sender.sync()
     if rank == victim:
         if where == "snapshot":
@@ -231,15 +235,7 @@ def _versions(rank, world_size, store, meeting):
                 FailsOnce({f"w{i}": torch.zeros(9, 4) for i in range(TENSORS)}), end
             )
             return [_version_of(receiver.receive) for _ in range(5)]
-    join(rank, 2, store)
-    source = DTensorSource(_tensors(2))
-    session = None
-    if rank == LEADER:
-        session = Session.listen(
-            "127.0.0.1:0", receivers=1, secret=SECRET, device="cpu", settings=PATIENT
-        )
-        meeting[RECEIVER][1].send(session.address)
-    sender = FullWeightSender(source, session)
+    session, sender = _trainer(rank, store, meeting, PATIENT)
     calls = [sender.sync] * 3 + [sender.no_change, lambda: sender.sync(9)]
     found = [_version_of(call) for call in calls]
     dist.barrier()
