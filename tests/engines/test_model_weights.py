@@ -96,7 +96,7 @@ def test_tensors_that_were_replaced_are_recorded_again(replace):
     assert [weights.update(BIAS) for _ in range(3)] == WAYS
 
 
-def test_what_was_tried_is_tried_again_when_tensors_were_replaced(monkeypatch):
+def test_what_was_tried_is_tried_again_when_the_model_is_another(monkeypatch):
     module = model()
     weights = ModelWeights(module, None, types.SimpleNamespace(), torch.device("cpu"))
     tried = []
@@ -118,8 +118,14 @@ def test_what_was_tried_is_tried_again_when_tensors_were_replaced(monkeypatch):
 
     for _ in range(3):
         update()
-    assert tried == [False]
+    # A loader may move what it loads into.
     replace_parameter(module)
+    update()
+    assert weights.way == "recorded"
+    update()
+    assert tried == [False]
+    module[0] = torch.nn.Linear(2, 3, bias=False)
+    module[0].bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     update()
     assert tried == [False, False]
     # A manifest of many is forgotten, not kept for ever.

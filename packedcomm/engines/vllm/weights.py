@@ -69,6 +69,7 @@ class ModelWeights:
         self._stale: set[str] = set()
         # By manifest and `partial`: why its loader can't be tried.
         self._checked: dict[tuple[str, bool], str] = {}
+        self._checked_layout: dict[str, Any] | None = None
         self._untried = ""
         # What is being received.
         self._present = ""
@@ -147,7 +148,16 @@ class ModelWeights:
         self._targets.clear()
         self._links.clear()
         self._stale.clear()
-        self._checked.clear()
+        # What a loader takes depends on what the model has, not on where that is: some move their
+        # parameters at every load.
+        if (layout := self._layout()) != self._checked_layout:
+            self._checked.clear()
+            self._checked_layout = layout
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            name: (tensor.shape, tensor.dtype) for name, tensor in live_tensors(self._model).items()
+        }
 
     def lose_contents(self) -> None:
         """All memory has other contents now than the last update left."""
@@ -219,6 +229,8 @@ class ModelWeights:
             ]
             while len(self._checked) >= _MOST_CHECKED:
                 del self._checked[next(iter(self._checked))]
+            if self._checked_layout is None:
+                self._checked_layout = self._layout()
             self._checked[key] = self.reload().check(described, partial=self.partial)
             if self._checked[key]:
                 logger.warning(
