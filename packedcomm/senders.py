@@ -45,6 +45,8 @@ _LARGEST_VERSION = (1 << 63) - 1
 # What the leader of a sharded trainer shares of a sync that has succeeded, before the version.
 _COMMITTED = "committed as version "
 
+_OTHER_CALL = "the leading process of the trainer makes another call than this one"
+
 
 class FullWeightSender:
     """Sends all weights of a source to every receiver of a session.
@@ -326,14 +328,17 @@ class FullWeightSender:
     def _committed_version(self) -> int:
         # The leader's: it may know of versions that must not be used again.
         shared = self.source.share(None)
-        if shared is None or not shared.startswith(_COMMITTED):
-            self._raise_shared(shared)
-            raise ProtocolError("the leading process of the trainer does something else")
-        return int(shared.removeprefix(_COMMITTED))
+        if shared is not None and shared.startswith(_COMMITTED):
+            return int(shared.removeprefix(_COMMITTED))
+        self._raise_shared(shared)
+        raise ProtocolError(_OTHER_CALL)
 
-    def _raise_shared(self, failure: str | None) -> None:
-        if failure is not None:
-            raise RemoteError(f"the leading process of the trainer failed: {failure}")
+    def _raise_shared(self, outcome: str | None) -> None:
+        if outcome is None:
+            return
+        if outcome.startswith(_COMMITTED):
+            raise ProtocolError(_OTHER_CALL)
+        raise RemoteError(f"the leading process of the trainer failed: {outcome}")
 
 
 class LoraSender(FullWeightSender):

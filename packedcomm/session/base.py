@@ -152,6 +152,8 @@ class SessionEnd(Ending):
         mine = _Use(threading.current_thread(), operation)
         with self._using:
             user = None if self._use is None else self._use()
+            if user is not None and not user.thread.is_alive():
+                user = None
             if user is not None and user.thread is not mine.thread:
                 raise SessionStateError(
                     f"{operation} on {self._role}: thread {user.thread.name!r} is in the middle of "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from packedcomm import FullWeightSender, TensorTarget, WeightReceiver
-from packedcomm.errors import PackedCommError
+from packedcomm.errors import PackedCommError, ProtocolError, RemoteError
 from packedcomm.leading import Leading
 from packedcomm.settings import Settings
 from packedcomm.sources import BoundedSource, LoraSource, ModuleSource, ShardedSource, Source
@@ -117,3 +117,41 @@ def test_a_source_that_fails_when_the_sync_has_failed_is_not_why():
         leading._under_way = True
         leading.failed_here(error := PackedCommError("late"))
         assert leading._of_source is error
+
+
+class Elsewhere(Own):
+    """A process that doesn't lead, of a trainer whose leader shares given outcomes."""
+
+    def __init__(self, *outcomes):
+        super().__init__({"w": torch.ones(2)})
+        self.leader = False
+        self.outcomes = list(outcomes)
+
+    def share(self, outcome):
+        return self.outcomes.pop(0)
+
+
+def test_a_process_that_doesnt_lead_has_the_leaders_version():
+    sender = FullWeightSender(
+        Elsewhere(None, "committed as version 7", "committed as version 9"), None
+    )
+    assert sender.sync().version == 7
+    assert sender.no_change().version == 9
+    assert sender.version == 9
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "error"),
+    [
+        (["committed as version 3"], ProtocolError),
+        ([None, None], ProtocolError),
+        (["ValueError: odd"], RemoteError),
+        ([None, "ValueError: odd"], RemoteError),
+    ],
+    ids=["no change there", "begun again there", "failed before", "failed after"],
+)
+def test_a_process_whose_leader_does_something_else_says_so(outcomes, error):
+    sender = FullWeightSender(Elsewhere(*outcomes), None)
+    with pytest.raises(error, match="another call" if error is ProtocolError else "odd"):
+        sender.sync()
+    assert sender.version is None

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -386,3 +387,32 @@ def test_two_threads_cannot_use_one_session():
         assert "is in the middle of receive" in caught(receiver.receive)[1]
         thread.join()
         assert Round(sender.sync, [receiver]).received[0].version == 1
+
+
+def test_a_session_is_a_threads_until_the_outermost_operation_ends():
+    def elsewhere():
+        with session.exclusive("another"):
+            pass
+
+    def refused(pool):
+        error = pool.submit(elsewhere).exception(20)
+        return isinstance(error, SessionStateError) and "in the middle of outer" in str(error)
+
+    with sessions(1) as (session, _), ThreadPoolExecutor(1) as pool:
+        with session.exclusive("outer"):
+            assert refused(pool)
+            with session.exclusive("inner"):
+                assert refused(pool)
+            assert refused(pool)
+        assert not refused(pool)
+        # A thread that has ended, or whose interrupt has left nothing, has it no more.
+        left = session.exclusive("outer")
+        thread = threading.Thread(target=left.__enter__)
+        thread.start()
+        thread.join(20)
+        assert not refused(pool)
+        left = session.exclusive("outer")
+        left.__enter__()
+        assert refused(pool)
+        del left
+        assert not refused(pool)
