@@ -154,7 +154,13 @@ class Leading:
             offer = self._offer(version, manifest)
             if not known:
                 offer = replace(offer, manifest=manifest.to_json())
-            self._remember(digest, self._replies(offer, manifest))
+            try:
+                replies = self._replies(offer, manifest)
+            except BaseException:
+                # Some may have told their regions again, and think that this end knows them.
+                self._held.pop(digest, None)
+                raise
+            self._remember(digest, replies)
             self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
             session.phases.enter(SyncState.AGREED)
 

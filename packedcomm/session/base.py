@@ -160,11 +160,12 @@ class SessionEnd(Ending):
                     f"{user.operation}: a session belongs to one thread at a time"
                 )
             if user is None:
-                # It ends with this frame at the latest, wherever that is interrupted.
                 self._use = weakref.ref(mine)
         try:
             yield
         finally:
+            # Frees the session already, wherever an interrupt comes.
+            del mine
             if user is None:
                 self._use = None
 

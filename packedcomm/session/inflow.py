@@ -82,13 +82,16 @@ def _received(descriptor: int) -> int | None:
     # ZeroMQ's descriptor may be closed by now, or mean another socket: whoever ends a connection
     # looks which it is. A socket object must not have it for a moment even: whoever is interrupted
     # there would leave it to the garbage collector, which closes it under ZeroMQ.
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(
-            socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, os.dup(descriptor)
-        ) as duplicate,
-    ):
-        told = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
+    with contextlib.suppress(OSError):
+        own = os.dup(descriptor)
+        try:
+            duplicate = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, own)
+        except OSError:
+            # A file by now.
+            os.close(own)
+            raise
+        with duplicate:
+            told = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
         if len(told) == _SIZE:
             return int(struct.unpack_from("=Q", told, _OFFSET)[0])
     return None

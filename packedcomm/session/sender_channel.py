@@ -197,8 +197,9 @@ class SenderChannel(Channel):
             self._take()
             while len(self._pending) > most:
                 oldest = next(iter(self._pending))
+                if not _cut(oldest, self._port):
+                    break
                 del self._pending[oldest]
-                _cut(oldest, self._port)
 
     def _note_events(self) -> int:
         """Keep count of connections; returns the highest descriptor of those that have come."""
@@ -297,18 +298,24 @@ class SenderChannel(Channel):
         return sent
 
 
-def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> None:
+def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> bool:
     """Reset a connection to a port of this process that ZeroMQ has the descriptor of. Its peer is
     told apart so from one that is refused, and tries again. One that sends on and on is only ended
-    by `SHUT_RDWR`."""
+    by `SHUT_RDWR`.
+
+    Returns:
+        False if no descriptor was free to do it: the thread that watches connections will.
+    """
     with contextlib.suppress(OSError):
         try:
             # ZeroMQ may close the descriptor at any moment, and the number come to mean another
             # socket, or a file.
             own = os.dup(descriptor)
         except OSError as error:
-            if error.errno != errno.EMFILE or threading.current_thread() is threading.main_thread():
+            if error.errno != errno.EMFILE:
                 raise
+            if threading.current_thread() is threading.main_thread():
+                return False
             # A thread that no signal interrupts gives it back for certain.
             own = descriptor
         try:
@@ -324,3 +331,4 @@ def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> None:
         finally:
             if own != descriptor:
                 os.close(own)
+    return True

@@ -200,6 +200,25 @@ def test_an_engine_that_pauses_too_late_goes_on_by_itself(server, session):
     assert not server.paused
 
 
+def test_a_pause_that_comes_late_disturbs_no_later_update(server, session):
+    updater = connected(server, session, timeout_s=1.0)
+    idle = threading.Event()
+    server.refuse["pause"] = lambda body: idle.wait(20)
+    with pytest.raises(DeadlineExceeded, match="pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+
+    def start(body):
+        assert server.paused
+        time.sleep(0.3)  # for whoever would resume it
+        assert server.paused
+
+    server.refuse["start_weight_update"] = start
+    threading.Timer(0.3, idle.set).start()
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert_holds(server, 3.0)
+    assert not server.paused
+
+
 def test_without_flush_and_pause_the_caller_decides(server, session):
     connected(server, session)
     updater = updater_of(server, session, pause_mode=None, flush=False)

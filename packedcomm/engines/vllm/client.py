@@ -21,7 +21,7 @@ from packedcomm.engines.vllm.handles import (
 from packedcomm.engines.vllm.http_engine import HttpEngine
 from packedcomm.engines.vllm.interruption import Interruption
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
-from packedcomm.engines.vllm.steps import UpdateSteps
+from packedcomm.engines.vllm.steps import Pauses, UpdateSteps
 from packedcomm.errors import (
     ArgumentError,
     ConfigMismatch,
@@ -98,6 +98,7 @@ class EngineUpdater:
         self._pause_mode = None if pause_mode is None else pause_mode_checked(pause_mode)
         self._flush = flush
         self._timeout_s = timeout_s
+        self._pauses = Pauses()
         UpdateRequest(timeout_s=timeout_s)
 
     def connect(self, receivers: int | None = None) -> int:
@@ -200,7 +201,7 @@ class EngineUpdater:
             self.session.said,
             self.session.epoch,
         )
-        update = UpdateSteps(self.engines, self._timeout_s, seconds)
+        update = UpdateSteps(self.engines, self._timeout_s, seconds, self._pauses)
         with self.session.exclusive("update"), measured(seconds, "total"):
             try:
                 session = self._leading("update")

@@ -13,7 +13,7 @@ from packedcomm.engines.vllm.calls import Calls, call_all, decisive
 from packedcomm.engines.vllm.handles import PauseMode, finish_update
 from packedcomm.errors import DeadlineExceeded, PackedCommError, SessionStateError
 
-__all__ = ["Ending", "UpdateSteps"]
+__all__ = ["Ending", "Pauses", "UpdateSteps"]
 
 Sent = TypeVar("Sent")
 
@@ -43,11 +43,31 @@ class Ending(Protocol):
         """It is over, and has failed or not."""
 
 
-class UpdateSteps:
-    """The engines' side of one update: which of them are in the middle of it."""
+class Pauses:
+    """Counts the updates that have paused the same engines, one after the other."""
 
-    def __init__(self, engines: list[Any], timeout_s: float, seconds: dict[str, float]) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while an update begins to pause, and while an earlier one undoes what came late."""
+        self.latest = 0
+
+
+class UpdateSteps:
+    """The engines' side of one update: which of them are in the middle of it.
+
+    Args:
+        engines: all of them.
+        timeout_s: deadline for each call, in seconds.
+        seconds: filled with the time of each step.
+        pauses: of these engines, kept from update to update.
+    """
+
+    def __init__(
+        self, engines: list[Any], timeout_s: float, seconds: dict[str, float], pauses: Pauses
+    ) -> None:
         self._engines = engines
+        self._pauses = pauses
+        self._number = 0
         self._timeout_s = timeout_s
         self._seconds = seconds
         # Positions of engines that wait for finish_weight_update.
@@ -76,6 +96,8 @@ class UpdateSteps:
                 )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
         self._paused = mode is not None
+        with self._pauses.lock:
+            self._number = self._pauses.latest = self._pauses.latest + 1
         with measured(self._seconds, "pause"):
             self._all("pause", pausing, partial(self._pause, mode, flush))
         if flush:
@@ -89,8 +111,10 @@ class UpdateSteps:
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
         engine.pause(mode, clear_cache=flush)
-        if self._gone_on.is_set():
-            engine.resume()
+        with self._pauses.lock:
+            # Not where another update relies on it by now.
+            if self._gone_on.is_set() and self._pauses.latest == self._number:
+                engine.resume()
 
     def start(self, *, draft: bool = False) -> None:
         """Let the engines prepare, for their draft models or for their models."""
@@ -164,13 +188,15 @@ class UpdateSteps:
     def clean_up(self, error: BaseException) -> None:
         """After a failure: end the update where vLLM is in the middle of it, and go on where this
         has paused it. What fails here becomes a note of the error."""
-        if not isinstance(error, Exception) or isinstance(error, DeadlineExceeded):
+        if not isinstance(error, Exception):
             self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         active = [self._engines[index] for index in sorted(self._active)]
         try:
             self._all("finish_weight_update", active, lambda e: finish_update(e, None))
         except PackedCommError as second:
             error.add_note(f"and the update could not be ended: {second}")
+        if isinstance(error, DeadlineExceeded):
+            self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         try:
             if self._paused:
                 self._gone_on.set()

@@ -18,7 +18,7 @@ from packedcomm.engines.vllm import release_of
 from packedcomm.engines.vllm.calls import Calls, call_all
 from packedcomm.engines.vllm.client import engines_of
 from packedcomm.engines.vllm.handles import PauseMode, pause_mode_checked
-from packedcomm.engines.vllm.steps import UpdateSteps
+from packedcomm.engines.vllm.steps import Pauses, UpdateSteps
 from packedcomm.engines.vllm.stock_receiver import StockReceiver
 from packedcomm.engines.vllm.stock_wire import StockWire
 from packedcomm.errors import (
@@ -104,6 +104,7 @@ class StockSender:
         self._timeout_s = timeout_s
         self._settings = settings
         self._settings_in_init = True
+        self._pauses = Pauses()
 
     def connect(self) -> None:
         """Connect to every worker; again after a failure, with another communicator.
@@ -194,7 +195,7 @@ class StockSender:
             **({} if self._settings_in_init else self.wire.as_dict()),
         }
         seconds: dict[str, float] = {}
-        steps = UpdateSteps(self.engines, self._timeout_s, seconds)
+        steps = UpdateSteps(self.engines, self._timeout_s, seconds, self._pauses)
         with measured(seconds, "total"):
             try:
                 steps.pause(self._pause_mode, self._flush)
