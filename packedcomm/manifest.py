@@ -267,8 +267,7 @@ class Manifest:
         Raises:
             ManifestError: there are too many tensors, or a name or a shape is too long.
         """
-        lowered = [name for name in LOWERED if getattr(settings, name) < getattr(DEFAULTS, name)]
-        if not lowered:
+        if all(getattr(settings, name) >= getattr(DEFAULTS, name) for name in LOWERED):
             return
         if len(self.specs) > settings.max_tensors:
             raise ManifestError(

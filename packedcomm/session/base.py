@@ -159,15 +159,17 @@ class SessionEnd(Ending):
                     f"{operation} on {self._role}: thread {user.thread.name!r} is in the middle of "
                     f"{user.operation}: a session belongs to one thread at a time"
                 )
+            claim = weakref.ref(mine)
             if user is None:
-                self._use = weakref.ref(mine)
+                self._use = claim
         try:
             yield
         finally:
             # Frees the session already, wherever an interrupt comes.
             del mine
-            if user is None:
-                self._use = None
+            with self._using:
+                if self._use is claim:
+                    self._use = None
 
     @abc.abstractmethod
     def _give_more_time(self, seconds: float) -> None:

@@ -125,7 +125,7 @@ class ModuleRecord:
 
     Args:
         root: the tree.
-        parts_of: which of a module's `PARTS` are remembered; None is all.
+        parts_of: which of a module's `PARTS` are remembered, all by default.
     """
 
     def __init__(

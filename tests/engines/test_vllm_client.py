@@ -219,6 +219,46 @@ def test_a_pause_that_comes_late_disturbs_no_later_update(server, session):
     assert not server.paused
 
 
+def test_a_pause_that_comes_when_a_later_update_has_ended_is_undone(server, session):
+    updater = connected(server, session, timeout_s=1.0)
+    first, ended = threading.Event(), threading.Event()
+
+    def pause(body):
+        if not first.is_set():
+            first.set()
+            ended.wait(20)
+
+    server.refuse["pause"] = pause
+    with pytest.raises(DeadlineExceeded, match="pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert_holds(server, 3.0)
+    resumed = server.came.count("wake_up")
+    ended.set()
+    eventually(lambda: server.came.count("wake_up") > resumed and not server.paused)
+
+
+def test_an_engine_that_hangs_while_a_late_pause_is_undone_meets_the_deadline(server, session):
+    updater = connected(server, session, timeout_s=0.5)
+    idle, go_on = threading.Event(), threading.Event()
+    server.refuse |= {"pause": lambda body: idle.wait(20), "wake_up": lambda body: go_on.wait(20)}
+    with pytest.raises(DeadlineExceeded, match="pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    resuming = server.came.count("wake_up")
+    idle.set()
+    eventually(lambda: server.came.count("wake_up") > resuming)
+    begin = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="isn't resumed after"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert time.monotonic() - begin < 5
+    go_on.set()
+    server.refuse.clear()
+    eventually(lambda: not updater._pauses.lock.locked())
+    updater.update(FullWeightSender(weights(2.0), session))
+    assert_holds(server, 2.0)
+    assert not server.paused
+
+
 def test_without_flush_and_pause_the_caller_decides(server, session):
     connected(server, session)
     updater = updater_of(server, session, pause_mode=None, flush=False)

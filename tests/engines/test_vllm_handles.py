@@ -184,6 +184,20 @@ def test_what_an_old_encoder_has_computed_is_forgotten_too(server, kind, engine,
     assert llm.reset == reset
 
 
+class Narrow(Resetting):
+    """Knows nothing of connectors."""
+
+    def reset_prefix_cache(self, reset_running_requests=False):
+        return super().reset_prefix_cache(reset_running_requests)
+
+
+@pytest.mark.parametrize("engine", [LocalEngine, as_actor])
+def test_a_cache_without_connectors_is_reset_too(server, engine):
+    llm = Narrow(server)
+    engine(llm).reset_prefix_cache()
+    assert llm.reset == ["prefix", "mm", "encoder"]
+
+
 @pytest.mark.parametrize("engine", [LocalEngine, as_actor])
 def test_a_cache_that_cant_be_reset_is_an_error(server, engine):
     llm = Resetting(server)

@@ -258,7 +258,11 @@ class RayEngine:
         Raises:
             RemoteError: an actor says that it couldn't.
         """
-        _check_reset(self, self._call_where_there("reset_prefix_cache", True, True))
+        try:
+            answers = self._call_where_there("reset_prefix_cache", True, True)
+        except TypeError:  # an actor's own, which knows no connectors
+            answers = self._call_where_there("reset_prefix_cache", True)
+        _check_reset(self, answers)
         # An AsyncLLM takes requests meanwhile, which would miss in it what they rely on.
         quiet = [h for h in self._handles if not hasattr(h, "pause_generation")]
         self._call("reset_mm_cache", handles=[h for h in quiet if hasattr(h, "reset_mm_cache")])

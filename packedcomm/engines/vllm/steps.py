@@ -44,12 +44,12 @@ class Ending(Protocol):
 
 
 class Pauses:
-    """Counts the updates that have paused the same engines, one after the other."""
+    """Which update relies on it that engines are paused, kept from one update to the next."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        """Held while an update begins to pause, and while an earlier one undoes what came late."""
-        self.latest = 0
+        """Held while an update begins to pause, and while a pause that came late is undone."""
+        self.relied_on: UpdateSteps | None = None
 
 
 class UpdateSteps:
@@ -67,14 +67,11 @@ class UpdateSteps:
     ) -> None:
         self._engines = engines
         self._pauses = pauses
-        self._number = 0
         self._timeout_s = timeout_s
         self._seconds = seconds
         # Positions of engines that wait for finish_weight_update.
         self._active: set[int] = set()
         self._sent = False
-        # An engine that pauses later than it was waited for goes on at once.
-        self._gone_on = threading.Event()
         self._paused = False
         self.begun = False
         """Whether the engines were told to receive."""
@@ -85,6 +82,7 @@ class UpdateSteps:
 
         Raises:
             SessionStateError: the caller was to pause an engine (`mode` is None), which isn't.
+            DeadlineExceeded: an engine doesn't pause in time. When it does, it goes on at once.
         """
         if mode is None:
             asking = [engine for engine in self._engines if hasattr(engine, "is_paused")]
@@ -95,10 +93,9 @@ class UpdateSteps:
                     f"{engine!r} isn't paused: pause it before, or give a pause_mode"
                 )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
-        self._paused = mode is not None
-        with self._pauses.lock:
-            self._number = self._pauses.latest = self._pauses.latest + 1
         with measured(self._seconds, "pause"):
+            if pausing:
+                self._rely_on_pauses()
             self._all("pause", pausing, partial(self._pause, mode, flush))
         if flush:
             # Pausing has done it, except where requests are kept.
@@ -109,11 +106,21 @@ class UpdateSteps:
             with measured(self._seconds, "flush"):
                 self._all("reset_prefix_cache", resetting, lambda e: e.reset_prefix_cache())
 
+    def _rely_on_pauses(self) -> None:
+        if not self._pauses.lock.acquire(timeout=self._timeout_s):
+            raise DeadlineExceeded(
+                f"an engine that paused too late for an earlier update isn't resumed after "
+                f"{self._timeout_s:.3g} s"
+            )
+        self._paused = True
+        self._pauses.relied_on = self
+        self._pauses.lock.release()
+
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
         engine.pause(mode, clear_cache=flush)
         with self._pauses.lock:
-            # Not where another update relies on it by now.
-            if self._gone_on.is_set() and self._pauses.latest == self._number:
+            # This update has ended by then. Another one that relies on it resumes the engine.
+            if self._pauses.relied_on is None:
                 engine.resume()
 
     def start(self, *, draft: bool = False) -> None:
@@ -181,6 +188,7 @@ class UpdateSteps:
 
     def resume(self) -> None:
         """Let the engines go on."""
+        self._pauses.relied_on = None
         able = [engine for engine in self._engines if hasattr(engine, "resume")]
         with measured(self._seconds, "resume"), self._noting():
             self._all("resume", able, lambda engine: engine.resume())
@@ -199,7 +207,6 @@ class UpdateSteps:
             self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         try:
             if self._paused:
-                self._gone_on.set()
                 self.resume()
         except PackedCommError as second:
             error.add_note(f"and the engine could not be resumed: {second}")
