@@ -14,10 +14,10 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from packedcomm.errors import ManifestError
+from packedcomm.errors import ArgumentError, ManifestError
 from packedcomm.settings import DEFAULTS, LOWERED, Settings
 
-__all__ = ["DTYPE_SIZES", "Manifest", "TensorSpec", "checked_nbytes", "dtype_name"]
+__all__ = ["DTYPE_SIZES", "Manifest", "TensorSpec", "checked_nbytes", "dtype_name", "named_pairs"]
 
 # Names are torch's, without the "torch." prefix; sizes are in bytes. Quantised and sub-byte types
 # have no byte-exact row-major form and are left out on purpose.
@@ -54,6 +54,25 @@ _MAX_NESTING = 32
 _SHORT = reprlib.Repr()
 _SHORT.maxtuple = _SHORT.maxlist = 16
 _SHORT.maxstring = _SHORT.maxother = 80
+
+
+def named_pairs(tensors: Any) -> Iterator[tuple[str, Any]]:
+    """The names and tensors of a mapping, or of an iterable of `(name, tensor)`.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    pairs = tensors.items() if hasattr(tensors, "items") else tensors
+    if not isinstance(pairs, Iterable):
+        raise ArgumentError(f"expected named tensors, got {type(tensors).__name__}")
+    for pair in pairs:
+        try:
+            name, tensor = pair
+        except (TypeError, ValueError):
+            raise ArgumentError(
+                f"expected pairs of a name and a tensor, got {type(pair).__name__}"
+            ) from None
+        yield name, tensor
 
 
 def _shown(value: Any) -> str:
@@ -213,9 +232,13 @@ class Manifest:
             tensors: a mapping of names to tensors, or an iterable of `(name, tensor)`; anything
                 with `dtype` and `shape` is a tensor here, nothing is read from its memory.
             attributes: as for the constructor.
+
+        Raises:
+            ArgumentError: that isn't what `tensors` is.
+            ManifestError: as the constructors'.
         """
-        items = tensors.items() if hasattr(tensors, "items") else tensors
-        specs = (TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in items)
+        pairs = named_pairs(tensors)
+        specs = (TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in pairs)
         return cls(specs, attributes)
 
     @classmethod

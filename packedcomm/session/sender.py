@@ -205,9 +205,10 @@ class SenderSession(Dialogue):
                 raise self._given_up
             now = time.monotonic()
             if now >= deadline:
+                others = "; others were refused: they have another secret, or are no receivers"
                 raise RendezvousTimeout(
                     f"{len(self.members.present)} of {wanted} receivers came to {self.address} "
-                    f"within {now - begin:.3g} s"
+                    f"within {now - begin:.3g} s{others if self._channel.has_refused else ''}"
                 )
             self._pump(deadline - now)
             # Before the first sync nobody is missed: it may come again, or another in its place.

@@ -35,6 +35,7 @@ FEW_PENDING = 64
 
 # As plain numbers: see `channel.EVENTS`.
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
+REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL) | int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 SOURCE = int(zmq.SRCFD)
 NOWHERE = -1
 
@@ -62,7 +63,7 @@ class SenderChannel(Channel):
     `received` has pairs of `zmq.Frame`: the peer's name, and a frame of its.
     """
 
-    _monitored = ACCEPTED | DISCONNECTED
+    _monitored = ACCEPTED | REFUSED | DISCONNECTED
 
     def __init__(self, address: str, secret: str | None, settings: Settings) -> None:
         """Bind and listen.
@@ -77,6 +78,8 @@ class SenderChannel(Channel):
             AddressInUse: another socket listens there.
             TooManyOpenFiles: fewer descriptors are free than a channel needs.
         """
+        self.has_refused = False
+        """Whether somebody came with another secret, or isn't of packedcomm."""
         self._half_sent = False
         # Whether more parts follow of a message that nothing is taken of.
         self._skipping = False
@@ -209,6 +212,8 @@ class SenderChannel(Channel):
                 highest = max(highest, descriptor)
                 self._pending[descriptor] = None
                 self._inflow.begin(descriptor)
+            elif event & REFUSED:
+                self.has_refused = True
             elif event == DISCONNECTED:
                 self._pending.pop(descriptor, None)
                 self._inflow.end(descriptor)

@@ -11,7 +11,7 @@ import torch
 
 from packedcomm.copying import Part, as_destination, describe_tensors
 from packedcomm.errors import ManifestError, TensorError, listed
-from packedcomm.manifest import Manifest, TensorSpec, dtype_name
+from packedcomm.manifest import Manifest, TensorSpec, dtype_name, named_pairs
 
 __all__ = ["TensorTarget", "checked_destinations"]
 
@@ -24,6 +24,7 @@ def checked_destinations(
     """Named memory that may be written in place; of a module its parameters.
 
     Raises:
+        ArgumentError: these are no named tensors.
         ManifestError: a name is empty or occurs twice.
         TensorError: a tensor requires grad (writing it in place would corrupt a graph: pass
             `tensor.detach()`), is read-only, overlaps itself, has no memory or can't be written as
@@ -33,7 +34,7 @@ def checked_destinations(
     if isinstance(tensors, torch.nn.Module):
         # Whoever gives the module means it: no graph is kept from updating weights.
         tensors = {name: parameter.detach() for name, parameter in tensors.named_parameters()}
-    for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
+    for name, array in named_pairs(tensors):
         if type(name) is not str or not name:
             raise ManifestError(f"tensor name must be a non-empty string, got {name!r}")
         if name in checked:
@@ -87,7 +88,7 @@ class TensorTarget:
         partial: whether a transfer may leave out some of the names; otherwise that is an error.
 
     Raises:
-        ManifestError, TensorError: as `checked_destinations`.
+        ArgumentError, ManifestError, TensorError: as `checked_destinations`.
     """
 
     fixed_destinations = True

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packedcomm import Manifest, Settings, TensorSpec
+from packedcomm import Manifest, Settings, TensorSpec, TensorTarget
 from packedcomm.errors import ArgumentError, ManifestError
 from packedcomm.manifest import DTYPE_SIZES
 
@@ -64,6 +64,14 @@ def test_from_tensors_describes_a_state_dict():
         TensorSpec("bias", "float32", (2,)),
     )
     assert manifest == Manifest.from_tensors(layer.named_parameters())
+
+
+@pytest.mark.parametrize("wanting", [Manifest.from_tensors, TensorTarget])
+@pytest.mark.parametrize("tensors", [None, 3, "abc", [1], [torch.ones(3)]])
+def test_what_has_no_names_is_refused_by_its_type(wanting, tensors):
+    kinds = "NoneType|int|str|Tensor"
+    with pytest.raises(ArgumentError, match=f"expected .*tensors?, got ({kinds})$"):
+        wanting(tensors)
 
 
 def test_from_lists_of_unequal_lengths_is_refused():

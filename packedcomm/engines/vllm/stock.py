@@ -28,6 +28,7 @@ from packedcomm.errors import (
     VersionMismatch,
     summary,
 )
+from packedcomm.manifest import named_pairs
 from packedcomm.settings import DEFAULTS, Settings
 from packedcomm.transports.broadcast import abort_on_failure
 from packedcomm.transports.sending import Sending
@@ -186,8 +187,7 @@ class StockSender:
         group = self.group
         if group is None:
             raise SessionStateError("send: not connected: call connect")
-        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        named = [(name, as_tensor(array)) for name, array in pairs]
+        named = [(name, as_tensor(array)) for name, array in named_pairs(tensors)]
         body: dict[str, Any] = {
             "names": [name for name, _ in named],
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],
