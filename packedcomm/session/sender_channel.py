@@ -87,6 +87,8 @@ class SenderChannel(Channel):
         self._next_question = 0.0
         # Descriptors of connections that nothing has come from, the oldest first.
         self._pending: dict[int, None] = {}
+        # Of those that were cut for it, until they have ended.
+        self._cut_off: set[int] = set()
         # What comes next in `received`.
         self._taken: deque[tuple[zmq.Frame, zmq.Frame]] = deque()
         listener = Listener.bind(address)
@@ -203,6 +205,7 @@ class SenderChannel(Channel):
                 if not _cut(oldest, self._port):
                     break
                 del self._pending[oldest]
+                self._cut_off.add(oldest)
 
     def _note_events(self) -> int:
         """Keep count of connections; returns the highest descriptor of those that have come."""
@@ -210,11 +213,13 @@ class SenderChannel(Channel):
         for event, descriptor in self._events():
             if event == ACCEPTED:
                 highest = max(highest, descriptor)
+                self._cut_off.discard(descriptor)
                 self._pending[descriptor] = None
                 self._inflow.begin(descriptor)
             elif event & REFUSED:
                 self.has_refused = True
             elif event == DISCONNECTED:
+                self._cut_off.discard(descriptor)
                 self._pending.pop(descriptor, None)
                 self._inflow.end(descriptor)
                 # It doesn't say whose connection it was.
@@ -235,9 +240,18 @@ class SenderChannel(Channel):
                     # inside.
                     both = map(receive, _ONCE, _NO_COPY), map(receive, _ONCE, _NO_COPY)
                     taken.extend(zip(*both, strict=False))
-                sources.append(self._checked())
+                source = self._checked()
             except zmq.Again:
                 continue  # it was the rest of what an interrupt has lost
+            if source in self._cut_off:
+                # Perhaps another one's by now, which has been told before its frames came.
+                self._note_events()
+            if source in self._cut_off:
+                # It had spoken already. An answer might still reach it, and it would take itself
+                # for a member: it comes again instead.
+                taken.popleft()
+                continue
+            sources.append(source)
             self.received.extend(map(deque.popleft, (taken,)))
         if any(source not in self._inflow for source in sources):
             # A connection that is so new has come meanwhile.

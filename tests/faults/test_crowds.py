@@ -17,6 +17,7 @@ import zmq
 from packedcomm import Session
 from packedcomm.descriptors import check_descriptors
 from packedcomm.errors import PeerLost
+from packedcomm.session import sender_channel
 from packedcomm.session.authentication import Keys
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.sender_channel import SenderChannel, _cut
@@ -51,10 +52,40 @@ def test_receivers_get_in_though_more_come_at_once_than_may_wait():
             thread.start()
         for thread in threads:
             thread.join()
-        assert raised == []
-        eventually(lambda: len(session.members.present) == RECEIVERS)
-        for receiver in came:
-            receiver.close()
+        try:
+            assert raised == []
+            eventually(lambda: len(session.members.present) == RECEIVERS)
+        finally:
+            for receiver in came:
+                receiver.close()
+
+
+def test_what_is_said_before_the_end_of_a_connection_that_was_cut_is_not_heard(monkeypatch):
+    # As long as ZeroMQ doesn't find it an answer would reach the peer.
+    monkeypatch.setattr(sender_channel, "_cut", lambda *_: True)
+    channel = SenderChannel("127.0.0.1:0", None, Settings(max_pending_connections=1))
+    ends = [channel]
+    try:
+        for cut in (0, 1):
+            end = ReceiverChannel(channel.address, None, DEFAULTS, time.monotonic() + 10)
+            ends.append(end)
+            eventually(lambda cut=cut: (len(channel._cut_off), channel.pending) == (cut, 1))
+        for end in ends[1:]:
+            end.send(b"Hello")
+        came = []
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            channel.wait(0.05, ())
+            came += [peer.bytes for peer, _ in channel.received]
+            channel.received.clear()
+        assert len(came) == 1
+        channel.send(came[0], b"Welcome")
+        eventually(lambda: ends[2].wait(0.05) or ends[2].received)
+        ends[1].close()
+        eventually(lambda: not channel._cut_off)
+    finally:
+        for end in ends:
+            end.close()
 
 
 # Connects so many times to a port, in a process of its own; ends when its input does.
