@@ -57,9 +57,9 @@ class Decisions:
         self._commit(doubt)
         return doubt.version
 
-    def in_doubt_of(self, version: int) -> bool:
-        """Whether this receiver has voted for a version, and hasn't heard what was decided."""
-        return self._doubt is not None and self._doubt.version == version
+    def in_doubt_of(self, decided: Commit) -> bool:
+        """Whether this receiver has voted for a sync, and hasn't heard what was decided."""
+        return self._doubt is not None and self._doubt.is_of(decided)
 
     def forget_doubt(self) -> None:
         """The sender has begun something else, so it hasn't decided what is in doubt."""
@@ -98,9 +98,10 @@ class Decisions:
         self._doubt = vote
         self._session.reply(message)
         decided = self.expect("commit", vote.nbytes, Commit)
-        if decided.version != vote.version:
+        if not vote.is_of(decided):
             raise ProtocolError(
-                f"the sender commits version {decided.version}, offered was {vote.version}"
+                f"the sender commits version {decided.version} of sync {decided.number}, offered "
+                f"was {vote.version} of sync {vote.number}"
             )
         self.commit_in_doubt()
 

@@ -67,7 +67,7 @@ class Update:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Held:
     """What is digested of a manifest: regions, and the memory that holds them."""
 
@@ -76,8 +76,8 @@ class Held:
     memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
 
-    told: set[int] = field(default_factory=set)
-    """Which senders of the session know the regions."""
+    told: int | None = None
+    """Which sender of the session was told the regions last."""
 
 
 class Following:
@@ -242,6 +242,9 @@ class Following:
             with measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
                 regions = self._regions_to_tell(offer, manifest, plan) if verify else None
+                if not verify:
+                    # Then the sender forgets what it was told before.
+                    session.told.pop(manifest.digest, None)
                 session.phases.enter(SyncState.AGREED)
                 session.reply(Ready(verify, regions))
                 if not offer.at_once:
@@ -330,9 +333,13 @@ class Following:
             else:
                 held = Held(regions_of(plan.parts), plan, ReceivedDigests(plan.destinations))
             self._held[manifest.digest] = held
-        if offer.regions_known and offer.sender in held.told:
+        # Another receiver may use this session too, and have told of its own.
+        told = self._session.told
+        known = held.told == offer.sender and told.get(manifest.digest) is held
+        if offer.regions_known and known:
             return None
-        held.told.add(offer.sender)
+        held.told = offer.sender
+        told[manifest.digest] = held
         return held.regions
 
     def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from packedcomm.byte_ranges import byte_ranges, ranges_without
 from packedcomm.manifest import Manifest
+from packedcomm.session.messages import Commit
 from packedcomm.session.states import SyncState
 
 __all__ = ["Holding", "Vote", "Writing"]
@@ -46,6 +47,10 @@ class Vote:
 
     target: Any = None
     """Who is to commit it; None for a callback."""
+
+    def is_of(self, decided: Commit) -> bool:
+        """Whether that is the sync that has been decided."""
+        return (decided.number, decided.version) == (self.number, self.version)
 
     @property
     def nbytes(self) -> int:

@@ -201,14 +201,16 @@ class Leading:
         self.verified = all(verifying)
         held = self._held.get(digest) or [()] * len(replies)
         for rank, reply in enumerate(replies):
-            if reply.regions is not None:
+            regions = reply.regions if reply.verifies else ()
+            if regions is not None and regions is not held[rank]:
                 # Another list, by which whatever was made of the old one is known to be old.
-                held = [*held[:rank], reply.regions, *held[rank + 1 :]]
+                held = [*held[:rank], regions, *held[rank + 1 :]]
         while len(self._agreed) >= _KEPT_MANIFESTS and digest not in self._agreed:
             oldest = next(iter(self._agreed))
             del self._agreed[oldest]
             self._held.pop(oldest, None)
         self._agreed[digest] = None
+        self._held.pop(digest, None)
         if any(verifying):
             self._held[digest] = held
 
@@ -289,11 +291,11 @@ class Leading:
             try:
                 # Decided: a receiver that is lost now learns it when it comes back.
                 session.decided = self._number
-                session.tell(Commit(version))
+                session.tell(Commit(version, self._number))
             except BaseException:
                 if session.decided == self._number:
                     # All must hear it; who has heard it already skips the second one.
-                    session.tell(Commit(version))
+                    session.tell(Commit(version, self._number))
                 raise
             allowed = session.settings.commit_seconds(self._nbytes)
             replies = session.answers(Committed, "Commit", allowed, decided=True)

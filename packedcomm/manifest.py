@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from packedcomm.errors import ArgumentError, ManifestError
+from packedcomm.errors import ArgumentError, ManifestError, TensorError
 from packedcomm.settings import DEFAULTS, LOWERED, Settings
 
 __all__ = ["DTYPE_SIZES", "Manifest", "TensorSpec", "checked_nbytes", "dtype_name", "named_pairs"]
@@ -185,6 +185,14 @@ class TensorSpec:
         return checked_nbytes(self.shape, self.dtype)
 
 
+def _spec_of(name: str, tensor: Any) -> TensorSpec:
+    try:
+        dtype, shape = tensor.dtype, tensor.shape
+    except AttributeError:
+        raise TensorError(f"{name!r}: expected a tensor, got {type(tensor).__name__}") from None
+    return TensorSpec(name, str(dtype), tuple(shape))
+
+
 class Manifest:
     """An ordered, validated list of tensors with unique names. Immutable; equal by content.
 
@@ -235,11 +243,10 @@ class Manifest:
 
         Raises:
             ArgumentError: that isn't what `tensors` is.
+            TensorError: one has no dtype or shape.
             ManifestError: as the constructors'.
         """
-        pairs = named_pairs(tensors)
-        specs = (TensorSpec(name, str(t.dtype), tuple(t.shape)) for name, t in pairs)
-        return cls(specs, attributes)
+        return cls((_spec_of(name, tensor) for name, tensor in named_pairs(tensors)), attributes)
 
     @classmethod
     def from_lists(

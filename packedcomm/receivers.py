@@ -187,6 +187,9 @@ class WeightReceiver:
             if not connected and state not in AT_END:
                 state = SyncState.FAILED
             holding = self._holding
+            if state in AT_REST:
+                # The session's may be of another receiver that uses it.
+                state = holding.state
             torn = holding.torn and state in AT_REST | AT_END
             return ReceiverStatus(
                 state=str(SyncState.TORN if torn else state),
@@ -287,7 +290,7 @@ class WeightReceiver:
                 late = since is not None and session.number <= since
                 if isinstance(message, (Offer, NoChange)) and not (late or session.withdrawn):
                     return message
-                if isinstance(message, Commit) and decisions.in_doubt_of(message.version):
+                if isinstance(message, Commit) and decisions.in_doubt_of(message):
                     if not late:
                         return message
                     self._take(message)

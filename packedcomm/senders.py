@@ -203,7 +203,7 @@ class FullWeightSender:
         begin = time.perf_counter()
         version = self._next_version(version)
         if self.version is None or not self._in_step:
-            raise SessionStateError("no_change: the last sync failed, or there was none")
+            raise SessionStateError("no_change: the last call failed, or there was none")
         if self._leading is None:
             version = self._committed_version()
         else:

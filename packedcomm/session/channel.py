@@ -57,8 +57,8 @@ EVENT = struct.Struct("=Hi")
 # Frames taken in one go; one peer can't keep the others waiting.
 BATCH = 256
 
-# A machine that vanishes without closing its connections is noticed after about half a minute. A
-# process that is only stopped isn't: its kernel still answers.
+# A stranger's machine that vanishes without closing its connection is forgotten after 30 s.
+# Whoever takes part beats, and is missed after `heartbeat_timeout_s`.
 KEEPALIVE = {"TCP_KEEPALIVE": 1, "TCP_KEEPALIVE_IDLE": 15, "TCP_KEEPALIVE_INTVL": 5} | {
     "TCP_KEEPALIVE_CNT": 3
 }

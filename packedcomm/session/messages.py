@@ -318,6 +318,9 @@ class Commit(Message):
 
     version: Version
 
+    number: Count = 0
+    """Of the sync, as its offer's: another sender's may have the same version."""
+
 
 @dataclass(frozen=True, slots=True)
 class Committed(Message):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -74,6 +76,8 @@ class ReceiverSession(Inbox):
         deadline = deadline_after(settings.connect_timeout_s)
         self.rank, self.world_size = 0, 0
         self._owes = False
+        self.told: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        """By digests of manifests: what the sender was told last that is held of them here."""
         connect = partial(ReceiverChannel, address, secret, settings, deadline)
         self._channel = connect()
         welcome = self._introduce(hello, deadline) or self._come_again(connect, hello, deadline)

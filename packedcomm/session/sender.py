@@ -205,7 +205,7 @@ class SenderSession(Dialogue):
                 raise self._given_up
             now = time.monotonic()
             if now >= deadline:
-                others = "; others were refused: they have another secret, or are no receivers"
+                others = ", and others were refused, which have another secret or none"
                 raise RendezvousTimeout(
                     f"{len(self.members.present)} of {wanted} receivers came to {self.address} "
                     f"within {now - begin:.3g} s{others if self._channel.has_refused else ''}"
@@ -214,6 +214,7 @@ class SenderSession(Dialogue):
             # Before the first sync nobody is missed: it may come again, or another in its place.
             if not self._begun:
                 self.members.take_out_gone()
+        self._channel.has_refused = False
 
     def replace_lost(self) -> None:
         """Go on without the receivers that are known to have gone, and don't tell of them: others

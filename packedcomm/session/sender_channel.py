@@ -79,7 +79,7 @@ class SenderChannel(Channel):
             TooManyOpenFiles: fewer descriptors are free than a channel needs.
         """
         self.has_refused = False
-        """Whether somebody came with another secret, or isn't of packedcomm."""
+        """Whether somebody came since the last wait whose secret is another."""
         self._half_sent = False
         # Whether more parts follow of a message that nothing is taken of.
         self._skipping = False

@@ -71,6 +71,11 @@ class StagedTarget:
         """Whether the inner target's are."""
         return getattr(self._target, "fixed_destinations", False)
 
+    @property
+    def whole(self) -> bool:
+        """Whether what the inner target writes is all that there is to be held."""
+        return getattr(self._target, "whole", False)
+
     def __init__(self, target: Target) -> None:
         if not is_target(target):
             raise ArgumentError(

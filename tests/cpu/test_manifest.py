@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packedcomm import Manifest, Settings, TensorSpec, TensorTarget
-from packedcomm.errors import ArgumentError, ManifestError
+from packedcomm.errors import ArgumentError, ManifestError, TensorError
 from packedcomm.manifest import DTYPE_SIZES
 
 SPECS = st.lists(
@@ -72,6 +72,11 @@ def test_what_has_no_names_is_refused_by_its_type(wanting, tensors):
     kinds = "NoneType|int|str|Tensor"
     with pytest.raises(ArgumentError, match=f"expected .*tensors?, got ({kinds})$"):
         wanting(tensors)
+
+
+def test_a_number_is_no_tensor():
+    with pytest.raises(TensorError, match="'a': expected a tensor, got int"):
+        Manifest.from_tensors({"a": 3})
 
 
 def test_from_lists_of_unequal_lengths_is_refused():

@@ -165,7 +165,7 @@ def test_what_another_trainer_has_decided_commits_nobodys_vote(syncs):
         session.known_failure = lost
         outcome = Round(sender.sync, [receiver])
         assert isinstance(outcome.sent, ZeroDivisionError)
-        assert receiver._following.decisions.in_doubt_of(1)
+        assert receiver._following.decisions.in_doubt_of(Commit(1, 2))
         _, theirs = receivers_of([others])
         successor = FullWeightSender({"w": torch.full((4,), 7.0)}, other)
         for _ in range(syncs):

@@ -179,7 +179,7 @@ def test_a_wrong_secret_is_refused_and_the_receiver_counts_as_missing():
     assert SECRET not in message
     assert failure[0] is RendezvousTimeout
     assert "0 of 1 receivers" in failure[1]
-    assert "others were refused: they have another secret" in failure[1]
+    assert "others were refused, which have another secret" in failure[1]
     assert later[0] is SessionStateError
     assert "0 of 1 receivers" in later[1]
 

@@ -1,0 +1,149 @@
+"""Several receivers and senders that use one session, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import pytest
+import torch
+
+from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, WeightReceiver
+from packedcomm.copying import Part
+from packedcomm.errors import DeadlineExceeded, RemoteError
+from packedcomm.session.messages import Commit
+from tests.helpers.in_process import Round, sessions
+from tests.helpers.peers import eventually
+from tests.helpers.sessions import QUICK
+
+
+def weights(value):
+    return {"a.weight": torch.full((50, 3), value), "b.bias": torch.full((7,), value + 0.5)}
+
+
+def holds(tensors, value):
+    return all(torch.equal(tensors[name], tensor) for name, tensor in weights(value).items())
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_verifies_may_change_from_sync_to_sync(others):
+    with sessions(1 + others) as (session, ends):
+        live = [weights(0.0) for _ in ends]
+        staged = [
+            WeightReceiver(StagedTarget(TensorTarget(t)), e)
+            for t, e in zip(live, ends, strict=True)
+        ]
+        in_place = WeightReceiver(TensorTarget(live[0]), ends[0])
+        sent = weights(0.0)
+        sender = FullWeightSender(sent, session)
+        takes = [staged[0], in_place, in_place, staged[0], in_place, staged[0], staged[0]]
+        for value, receiver in enumerate(takes, 1):
+            for name, tensor in weights(float(value)).items():
+                sent[name].copy_(tensor)
+            outcome = Round(sender.sync, [receiver, *staged[1:]])
+            assert outcome.sent.verified == (receiver is staged[0])
+            assert all(holds(tensors, float(value)) for tensors in live)
+            assert receiver.status().ready
+
+
+class Rows:
+    """A target of some rows of each tensor."""
+
+    fixed_destinations = True
+
+    def __init__(self, tensors, first):
+        self._parts = [Part(t, (first,) + (0,) * (t.ndim - 1)) for t in tensors.values()]
+
+    def place(self, manifest):
+        return [[part] for part in self._parts]
+
+    def commit(self, manifest):
+        pass
+
+
+def test_receivers_of_different_rows_each_tell_them():
+    with sessions(1) as (session, (end,)):
+        sent = weights(0.0)
+        held = [
+            {name: torch.zeros_like(tensor[rows]) for name, tensor in sent.items()}
+            for rows in (slice(0, 2), slice(2, 5))
+        ]
+        receivers = [
+            WeightReceiver(Rows(tensors, first), end)
+            for tensors, first in zip(held, (0, 2), strict=True)
+        ]
+        sender = FullWeightSender(sent, session, verify=True)
+        for value, which in enumerate([0, 1, 1, 0, 0, 1], 1):
+            for tensor in sent.values():
+                tensor.copy_(value + torch.arange(tensor.numel()).view_as(tensor))
+            assert Round(sender.sync, [receivers[which]]).sent.verified
+            rows = slice(2, 5) if which else slice(0, 2)
+            for name, tensor in sent.items():
+                assert torch.equal(held[which][name], tensor[rows])
+
+
+def test_a_failure_of_one_receiver_says_nothing_of_another():
+    def refuse(version, items):
+        raise ZeroDivisionError
+
+    with sessions(1) as (session, (end,)):
+        live = weights(0.0)
+        main, draft = WeightReceiver(TensorTarget(live), end), WeightReceiver(refuse, end)
+        assert Round(FullWeightSender(weights(1.0), session).sync, [main]).sent.version == 0
+        failed = Round(FullWeightSender({"d": torch.ones(3)}, session).sync, [draft])
+        assert isinstance(failed.sent, RemoteError)
+        assert (draft.status().state, draft.status().ready) == ("torn", False)
+        assert (main.status().state, main.status().ready) == ("committed", True)
+        assert holds(live, 1.0)
+
+
+def test_a_decision_is_of_one_sync_and_not_of_others_with_its_version(monkeypatch):
+    hasty = dataclasses.replace(QUICK, move_timeout_s=0.5, commit_timeout_s=0.5)
+    with (
+        Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=QUICK) as session,
+        Session.connect(session.address, device="cpu", settings=hasty) as end,
+        Session.connect(session.address, device="cpu", settings=QUICK) as other_end,
+    ):
+        first, second = ({name: torch.zeros(4)} for name in "ab")
+        one, two = (WeightReceiver(StagedTarget(TensorTarget(t)), end) for t in (first, second))
+        busy = threading.Event()
+        others = WeightReceiver(lambda version, items: busy.wait(2.0), other_end)
+        given_up = FullWeightSender({"b": torch.ones(4)}, session)
+        assert isinstance(Round(lambda: given_up.sync(5), [two, others]).sent, DeadlineExceeded)
+        busy.set()
+
+        tell = session.tell
+
+        def late(message):
+            if isinstance(message, Commit):
+                time.sleep(2.5)  # as a process that is stopped between the decision and its word
+            tell(message)
+
+        monkeypatch.setattr(session, "tell", late)
+        decided = FullWeightSender({"a": torch.ones(4)}, session)
+        thread = threading.Thread(target=lambda: Round(lambda: decided.sync(5), [one, others]))
+        thread.start()
+        eventually(lambda: one._following.decisions._doubt is not None)
+        eventually(lambda: end.state in ("idle", "committed"))
+        with pytest.raises(DeadlineExceeded):
+            two.receive(4.0)
+        thread.join(30)
+        assert (two.status().version, second["b"].tolist()) == (None, [0.0] * 4)
+
+
+class Whole(TensorTarget):
+    whole = True
+
+
+@pytest.mark.parametrize("staging", [lambda target: target, StagedTarget])
+def test_what_is_all_that_there_is_makes_lost_weights_whole(staging):
+    with sessions(1) as (session, (end,)):
+        live = weights(0.0)
+        receiver = WeightReceiver(staging(Whole(live)), end)
+        sender = FullWeightSender(weights(1.0), session, verify=False)
+        assert Round(sender.sync, [receiver]).sent.version == 0
+        receiver.lose_weights()
+        assert not receiver.status().ready
+        assert Round(sender.sync, [receiver]).sent.version == 1
+        assert receiver.status().ready
