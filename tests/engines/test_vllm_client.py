@@ -259,6 +259,55 @@ def test_an_engine_that_hangs_while_a_late_pause_is_undone_meets_the_deadline(se
     assert not server.paused
 
 
+@pytest.mark.parametrize("cut", ["by its own deadline", "by a proxy"])
+def test_an_engine_that_refuses_to_go_on_while_it_pauses_does_so_later(server, session, cut):
+    connected(server, session)
+    engine = HttpEngine(server.url, timeout_s=0.5 if "own" in cut else 20)
+    updater = EngineUpdater(engine, session, timeout_s=20)
+    pausing, idle = threading.Event(), threading.Event()
+
+    def pause(body):
+        pausing.set()
+        if cut == "by a proxy":
+            threading.Timer(1.0, paused).start()
+            raise RuntimeError("504 Gateway Timeout")
+        idle.wait(1.5)
+        paused()
+
+    def paused():
+        server.paused = True
+        pausing.clear()
+
+    def resume(body):
+        if pausing.is_set():
+            raise RuntimeError("called while pause is still in flight")
+
+    server.refuse |= {"pause": pause, "wake_up": resume}
+    with pytest.raises((DeadlineExceeded, RemoteError), match="pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    eventually(lambda: not pausing.is_set() and not server.paused)
+    server.refuse.clear()
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert_holds(server, 3.0)
+    assert not server.paused
+
+
+def test_an_update_waits_for_an_engine_that_goes_on_late(server, session):
+    updater = connected(server, session, timeout_s=2.0)
+    go_on = threading.Event()
+    server.refuse |= {"start_weight_update": (500, "no"), "wake_up": lambda body: go_on.wait(20)}
+    with pytest.raises(RemoteError, match="no") as caught:
+        updater.update(FullWeightSender(weights(2.0), session))
+    assert any("could not be resumed" in note for note in caught.value.__notes__)
+    del server.refuse["start_weight_update"]
+    gone_on = []
+    server.refuse["pause"] = lambda body: gone_on.append(go_on.is_set())
+    threading.Timer(1.0, go_on.set).start()
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert gone_on == [True]
+    assert_holds(server, 3.0)
+
+
 def test_without_flush_and_pause_the_caller_decides(server, session):
     connected(server, session)
     updater = updater_of(server, session, pause_mode=None, flush=False)

@@ -165,7 +165,7 @@ def test_engines_without_http(server, engine, version):
     [
         (Resetting, LocalEngine, "wait", ["prefix", "connector", "mm", "encoder"]),
         (Resetting, LocalEngine, None, ["prefix", "connector", "mm", "encoder"]),
-        (Resetting, as_actor, "wait", ["prefix", "connector", "mm", "encoder"]),
+        (Resetting, as_actor, "wait", 2 * ["prefix", "connector", "mm", "encoder"]),
         (PausingActor, as_actor, "wait", []),
         (PausingActor, as_actor, "keep", ["prefix", "connector", "encoder"]),
     ],
@@ -196,6 +196,47 @@ def test_a_cache_without_connectors_is_reset_too(server, engine):
     llm = Narrow(server)
     engine(llm).reset_prefix_cache()
     assert llm.reset == ["prefix", "mm", "encoder"]
+
+
+class Narrowest(Resetting):
+    """Takes nothing."""
+
+    def reset_prefix_cache(self):
+        return super().reset_prefix_cache()
+
+
+def test_an_actors_own_cache_is_reset_too(server):
+    llm = Narrowest(server)
+    as_actor(llm).reset_prefix_cache()
+    assert llm.reset == ["prefix", "mm", "encoder"]
+
+
+class Asked(Resetting):
+    """Another client asks it something in the middle of each update; it caches what that needs."""
+
+    cached = None
+
+    def update_weights(self, request):
+        self.cached = "of the old weights"
+        return super().update_weights(request)
+
+    def reset_prefix_cache(self, *arguments):
+        self.cached = None
+        return super().reset_prefix_cache(*arguments)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_an_actor_has_cached_in_an_update_is_forgotten_too(server, fails):
+    llm = Asked(server)
+    with Session.listen("127.0.0.1:0", receivers=1, device="cpu", settings=QUICK) as session:
+        updater = EngineUpdater(as_actor(llm), session)
+        updater.connect()
+        if fails:
+            with pytest.raises(ManifestError):
+                updater.update(FullWeightSender({"none": torch.ones(2)}, session))
+        else:
+            updater.update(FullWeightSender(weights(2.0), session))
+    assert llm.cached is None
 
 
 @pytest.mark.parametrize("engine", [LocalEngine, as_actor])

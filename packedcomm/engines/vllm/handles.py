@@ -35,6 +35,8 @@ class EngineHandle(Protocol):
       part of the engine's memory is asleep;
     - `reset_prefix_cache()`: forget what was computed with the old weights, also of requests that
       are kept;
+    - `takes_requests: bool`: whether it may be asked something while it is updated, so that its
+      caches are reset at the end too;
     - `is_paused() -> bool | None`: asked where the caller pauses it;
     - `get_world_size() -> int | None`: how many workers will connect, over all data-parallel ranks;
     - `get_version() -> str | None`: vLLM's;
@@ -181,8 +183,10 @@ def _request(fields: dict[str, Any]) -> Any:
 class RayEngine:
     """One or several Ray actors that have the methods of vLLM's LLM or AsyncLLM.
 
-    Every call goes to all actors at once. An actor without `pause_generation` isn't paused; it must
-    not generate during an update then, as an actor of one thread can't.
+    Every call goes to all actors at once. An actor without `pause_generation`, such as an LLM's,
+    isn't paused: what it is asked between the calls of an update is answered with the weights that
+    it has then, or with new ones over what was cached with the old. What it caches meanwhile is
+    reset before the update is done.
 
     Args:
         handle: an actor's handle, or several.
@@ -245,6 +249,11 @@ class RayEngine:
             waking = []  # an actor's own `wake_up`, which takes no tags
         self._call("resume_generation", handles=[h for h in able if h not in waking])
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether actors that can't be paused may be asked something during an update."""
+        return not all(hasattr(handle, "pause_generation") for handle in self._handles)
+
     def is_paused(self) -> bool | None:
         """See `EngineHandle`; None if no actor can tell."""
         telling = [handle for handle in self._handles if hasattr(handle, "is_paused")]
@@ -258,10 +267,14 @@ class RayEngine:
         Raises:
             RemoteError: an actor says that it couldn't.
         """
-        try:
-            answers = self._call_where_there("reset_prefix_cache", True, True)
-        except TypeError:  # an actor's own, which knows no connectors
-            answers = self._call_where_there("reset_prefix_cache", True)
+        # For running requests and connectors too, which an actor's own may know nothing of.
+        for arguments in ((True, True), (True,), ()):
+            try:
+                answers = self._call_where_there("reset_prefix_cache", *arguments)
+                break
+            except TypeError:
+                if not arguments:
+                    raise
         _check_reset(self, answers)
         # An AsyncLLM takes requests meanwhile, which would miss in it what they rely on.
         quiet = [h for h in self._handles if not hasattr(h, "pause_generation")]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from packedcomm.completion import measured
-from packedcomm.engines.vllm.calls import Calls, call_all, decisive
+from packedcomm.engines.vllm.calls import Calls, call_all, decisive, typed
 from packedcomm.engines.vllm.handles import PauseMode, finish_update
-from packedcomm.errors import DeadlineExceeded, PackedCommError, SessionStateError
+from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost, SessionStateError
 
 __all__ = ["Ending", "Pauses", "UpdateSteps"]
 
@@ -23,6 +24,9 @@ _MARGIN_S = 5.0
 # How long engines may take to come back when the caller is interrupted: somebody wants to get out;
 # and when they have taken all of their time already.
 _INTERRUPTED_S = 10.0
+
+# How often an engine is told to go on that refuses it while a pause is under way.
+_AGAIN_S = 1.0
 
 _SENT = "everything had been sent, and committed where there is a commit"
 
@@ -50,6 +54,8 @@ class Pauses:
         self.lock = threading.Lock()
         """Held while an update begins to pause, and while a pause that came late is undone."""
         self.relied_on: UpdateSteps | None = None
+        self.resuming: Calls | None = None
+        """Those of the update before, which may come to their end late."""
 
 
 class UpdateSteps:
@@ -67,12 +73,16 @@ class UpdateSteps:
     ) -> None:
         self._engines = engines
         self._pauses = pauses
-        self._timeout_s = timeout_s
+        self._timeout_s = self._longest_s = timeout_s
         self._seconds = seconds
         # Positions of engines that wait for finish_weight_update.
         self._active: set[int] = set()
         self._sent = False
         self._paused = False
+        # Engines that have been told to pause, and that nobody knows whether they do.
+        self._may_pause: list[Any] = []
+        # Engines that take requests meanwhile, whose caches are to be reset.
+        self._caching: list[Any] = []
         self.begun = False
         """Whether the engines were told to receive."""
 
@@ -98,26 +108,39 @@ class UpdateSteps:
                 self._rely_on_pauses()
             self._all("pause", pausing, partial(self._pause, mode, flush))
         if flush:
+            self._caching = [e for e in self._engines if getattr(e, "takes_requests", False)]
             # Pausing has done it, except where requests are kept.
             kept = (
                 self._engines if mode == "keep" else [e for e in self._engines if e not in pausing]
             )
             resetting = [e for e in kept if hasattr(e, "reset_prefix_cache")]
             with measured(self._seconds, "flush"):
-                self._all("reset_prefix_cache", resetting, lambda e: e.reset_prefix_cache())
+                self._reset(resetting)
 
     def _rely_on_pauses(self) -> None:
-        if not self._pauses.lock.acquire(timeout=self._timeout_s):
-            raise DeadlineExceeded(
-                f"an engine that paused too late for an earlier update isn't resumed after "
-                f"{self._timeout_s:.3g} s"
-            )
-        self._paused = True
-        self._pauses.relied_on = self
-        self._pauses.lock.release()
+        pauses, end = self._pauses, time.monotonic() + self._timeout_s
+        late = DeadlineExceeded(
+            f"an engine isn't resumed after {self._timeout_s:.3g} s, which was paused for an "
+            "earlier update"
+        )
+        if not pauses.lock.acquire(timeout=self._timeout_s):
+            raise late
+        try:
+            self._paused = True
+            pauses.relied_on = self
+        finally:
+            pauses.lock.release()
+        if pauses.resuming is not None:
+            pauses.resuming.wait(max(0.0, end - time.monotonic()))
+            if not pauses.resuming.done:
+                raise late
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
-        engine.pause(mode, clear_cache=flush)
+        try:
+            engine.pause(mode, clear_cache=flush)
+        except Exception:
+            self._may_pause.append(engine)
+            raise
         with self._pauses.lock:
             # This update has ended by then. Another one that relies on it resumes the engine.
             if self._pauses.relied_on is None:
@@ -185,13 +208,33 @@ class UpdateSteps:
         self._active = set()
         with measured(self._seconds, "finish"), self._noting():
             self._all("finish_weight_update", self._engines, lambda e: finish_update(e, version))
+        if self._caching:
+            with measured(self._seconds, "flush"), self._noting():
+                self._reset(self._caching)
 
     def resume(self) -> None:
         """Let the engines go on."""
         self._pauses.relied_on = None
         able = [engine for engine in self._engines if hasattr(engine, "resume")]
         with measured(self._seconds, "resume"), self._noting():
-            self._all("resume", able, lambda engine: engine.resume())
+            calls = self._pauses.resuming = Calls("resume", able, self._resume)
+            if (failure := calls.wait(self._timeout_s)) is not None:
+                raise failure
+
+    def _resume(self, engine: Any) -> None:
+        end = time.monotonic() + self._longest_s
+        while True:
+            try:
+                engine.resume()
+                return
+            except Exception as error:
+                # vLLM refuses it, where data is parallel, until a pause is done that nobody waits
+                # for any more. A later update pauses it again, and then resumes it.
+                may = engine in self._may_pause and self._pauses.relied_on is None
+                gone = isinstance(typed(error, "resume"), PeerLost)
+                if gone or not may or time.monotonic() + _AGAIN_S > end:
+                    raise
+            time.sleep(_AGAIN_S)
 
     def clean_up(self, error: BaseException) -> None:
         """After a failure: end the update where vLLM is in the middle of it, and go on where this
@@ -203,8 +246,13 @@ class UpdateSteps:
             self._all("finish_weight_update", active, lambda e: finish_update(e, None))
         except PackedCommError as second:
             error.add_note(f"and the update could not be ended: {second}")
-        if isinstance(error, DeadlineExceeded):
+        if isinstance(error, DeadlineExceeded) or self._may_pause:
             self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
+        try:
+            # What was computed since is of the old weights, or of some old and some new.
+            self._reset(self._caching if self.begun else [])
+        except PackedCommError as second:
+            error.add_note(f"and a cache could not be reset: {second}")
         try:
             if self._paused:
                 self.resume()
@@ -220,6 +268,9 @@ class UpdateSteps:
             if self._sent:
                 error.add_note(_SENT)
             raise
+
+    def _reset(self, engines: list[Any]) -> None:
+        self._all("reset_prefix_cache", engines, lambda e: e.reset_prefix_cache())
 
     def _all(self, what: str, engines: list[Any], call: Any) -> None:
         call_all(what, engines, call, self._timeout_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -21,7 +23,14 @@ from tests.helpers.vllm_adapters import (
     greedy,
     llama,
 )
-from tests.helpers.vllm_engines import WAIT_S, agree, tensors_of, trainer_of, two_models
+from tests.helpers.vllm_engines import (
+    WAIT_S,
+    agree,
+    changed,
+    tensors_of,
+    trainer_of,
+    two_models,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -57,8 +66,8 @@ class Blocking:
 
         self.actor = ray.remote(LLM).remote(**options)
 
-    def generate(self):
-        done = self.actor.generate.remote(PROMPT_TOKENS, greedy(), use_tqdm=False)
+    def generate(self, prompts=PROMPT_TOKENS):
+        done = self.actor.generate.remote(prompts, greedy(), use_tqdm=False)
         return answers(ray.get(done, timeout=WAIT_S))
 
 
@@ -120,6 +129,33 @@ def test_an_actors_errors_keep_their_classes_and_the_next_update_works(engine, m
         agree(engine.generate(), models[0][1])
         updater.update(FullWeightSender(models[1][0], session))
         agree(engine.generate(), models[1][1])
+
+
+def test_what_others_ask_in_an_update_leaves_nothing_of_the_old_weights(options):
+    block = 32
+    prompt = [(7 * position + 3) % 512 for position in range(block + 5)]
+    asked = [{"prompt_token_ids": prompt}]
+    engine = Blocking({**options, "enable_prefix_caching": True, "block_size": block})
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            engine.generate(asked)
+
+    others = threading.Thread(target=ask, daemon=True)
+    try:
+        agree(engine.generate(asked), generated(llama(), [prompt]))
+        others.start()
+        with trainer_of(RayEngine(engine.actor)) as (session, updater):
+            for seed in (1, 2, 3):
+                model = changed(llama(), seed)
+                updater.update(FullWeightSender(model, session))
+                agree(engine.generate(asked), generated(model, [prompt]))
+        stop.set()
+        others.join(WAIT_S)
+    finally:
+        stop.set()
+        ray.kill(engine.actor)
 
 
 @pytest.mark.parametrize("engine", [Async], indirect=True)
