@@ -239,7 +239,7 @@ def test_a_pause_that_comes_when_a_later_update_has_ended_is_undone(server, sess
 
 
 def test_an_engine_that_hangs_while_a_late_pause_is_undone_meets_the_deadline(server, session):
-    updater = connected(server, session, timeout_s=0.5)
+    updater = connected(server, session, timeout_s=1.5)
     idle, go_on = threading.Event(), threading.Event()
     server.refuse |= {"pause": lambda body: idle.wait(20), "wake_up": lambda body: go_on.wait(20)}
     with pytest.raises(DeadlineExceeded, match="pause"):
