@@ -32,9 +32,16 @@ from packedcomm.endpoints import Target
 from packedcomm.engines.vllm.hooks import wrap
 from packedcomm.engines.vllm.live_adapter import LiveAdapter
 from packedcomm.errors import ArgumentError, SessionStateError
+from packedcomm.receivers import WeightReceiver
 from packedcomm.targets import StagedTarget
 
-__all__ = ["SCHEME", "adapter_target", "fill_adapters_again", "install_adapter_hook"]
+__all__ = [
+    "SCHEME",
+    "adapter_receivers",
+    "adapter_target",
+    "fill_adapters_again",
+    "install_adapter_hook",
+]
 
 SCHEME = "packedcomm:"
 """How the path of an adapter begins that has no files."""
@@ -69,6 +76,17 @@ def adapter_target(model: Any, vllm_config: Any, device: torch.device, name: str
             f"adapter {name!r}: the engine has no LoRA adapters, start it with enable_lora=True"
         )
     return _EngineAdapters.of(manager).target(name, device)
+
+
+def adapter_receivers(model: Any) -> dict[str, WeightReceiver]:
+    """The receivers of a model's adapters, by name, for the worker to fill. What one has planned
+    holds the adapter's memory, so it is dropped when the adapter is.
+
+    Args:
+        model: the worker's; one without adapters has a new dict at every call.
+    """
+    manager = getattr(model, "lora_manager", None)
+    return {} if manager is None else _EngineAdapters.of(manager).receivers
 
 
 def fill_adapters_again(model: Any) -> None:
@@ -152,6 +170,7 @@ class _EngineAdapters:
         self._old: dict[str, list[int]] = {}
         self._live: dict[str, LiveAdapter] = {}
         self._targets: dict[str, StagedTarget] = {}
+        self.receivers: dict[str, WeightReceiver] = {}
 
     @classmethod
     def of(cls, manager: Any) -> _EngineAdapters:
@@ -237,9 +256,10 @@ class _EngineAdapters:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        """Give up what was received."""
+        """Give up what was received, and all memory for it."""
         self._live.pop(name, None)
         self._targets.pop(name, None)
+        self.receivers.pop(name, None)
 
     def _slot(self, adapter_id: int) -> int | None:
         slots = self._manager.lora_index_to_id

@@ -18,7 +18,11 @@ from vllm.distributed.weight_transfer.base import (
 
 from packedcomm.endpoints import Target
 from packedcomm.engines.vllm import READ, TESTED, release_of
-from packedcomm.engines.vllm.adapters import adapter_target, fill_adapters_again
+from packedcomm.engines.vllm.adapters import (
+    adapter_receivers,
+    adapter_target,
+    fill_adapters_again,
+)
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.errors import (
@@ -81,8 +85,8 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         self._settings = Settings.from_environment()
         self._session: ReceiverSession | None = None
-        # By model and adapter.
-        self._receivers: dict[tuple[int, str], WeightReceiver] = {}
+        # By model; those of adapters are kept beside the adapters.
+        self._receivers: dict[int, WeightReceiver] = {}
         self._weights: weakref.WeakKeyDictionary[torch.nn.Module, ModelWeights] = (
             weakref.WeakKeyDictionary()
         )
@@ -127,9 +131,8 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """The weights' memory is given up for a while: replays can't rely on what was in it."""
         for weights in self._weights.values():
             weights.lose_contents()
-        for (_, adapter), receiver in self._receivers.items():
-            if not adapter:
-                receiver.lose_weights()
+        for receiver in self._receivers.values():
+            receiver.lose_weights()
         self._slots_lost = True
 
     def start_weight_update(self) -> None:
@@ -177,15 +180,17 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _receiver(self, request: UpdateRequest, weights: ModelWeights) -> WeightReceiver:
         """The one that keeps what was agreed on for this model or this adapter."""
         assert self._session is not None
-        key = (id(self.model), request.adapter)
-        receiver = self._receivers.get(key)
-        if receiver is not None and receiver.session is not self._session:
-            receiver.reconnect(self._session)
+        if request.kind == "adapter":
+            adapters, name = adapter_receivers(self.model), request.adapter
+            if name not in adapters:
+                chosen = _Adapter(self.model, self.vllm_config, self.device, name)
+                adapters[name] = WeightReceiver(chosen, self._session)
+            return adapters[name]
+        receiver = self._receivers.get(id(self.model))
         if receiver is None:
-            chosen: Any = weights
-            if request.kind == "adapter":
-                chosen = _Adapter(self.model, self.vllm_config, self.device, request.adapter)
-            receiver = self._receivers[key] = WeightReceiver(chosen, self._session)
+            receiver = self._receivers[id(self.model)] = WeightReceiver(weights, self._session)
+        elif receiver.session is not self._session:
+            receiver.reconnect(self._session)
         return receiver
 
     def _model_weights(self) -> ModelWeights:
@@ -212,7 +217,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """How this worker stands, as JSON values: version, state, how the last update was carried
         out, and the layers that stay with vLLM's loader, with reasons."""
         weights = self._model_weights()
-        receiver = self._receivers.get((id(self.model), ""))
+        receiver = self._receivers.get(id(self.model))
         status = None if receiver is None else receiver.status()
         return {
             "state": "idle" if status is None else status.state,
@@ -225,7 +230,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _leave(self) -> None:
         session, self._session = self._session, None
         # Those of models know what is torn; an adapter never is.
-        self._receivers = {key: each for key, each in self._receivers.items() if not key[1]}
+        adapter_receivers(self._main_model).clear()
         if session is not None:
             session.close()
 

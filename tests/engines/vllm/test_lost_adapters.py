@@ -1,14 +1,19 @@
-"""Adapters whose slots have lost their contents, as an engine that sleeps deeply gives them up."""
+"""Adapters that are gone: the contents of slots, as an engine that sleeps deeply gives them up, and
+the memory of adapters that are removed."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from packedcomm import FullWeightSender, LoraSender
-from tests.helpers.vllm_adapters import ADAPTED, Trainer, llama
+from packedcomm import FullWeightSender, LoraSender, WeightReceiver
+from packedcomm.engines.vllm.live_adapter import LiveAdapter
+from packedcomm.targets import StagedTarget
+from tests.helpers.vllm_adapters import ADAPTED, Trainer, agree, llama
 from tests.helpers.vllm_engines import SyncedEngine, changed, trainer_of
 
 pytestmark = [
@@ -50,5 +55,52 @@ def test_slots_are_filled_again_by_the_next_update_of_the_weights(tmp_path):
             updater.update(FullWeightSender(changed(llama(), 2), session))
             assert len(seen) == 1
             assert all(map(torch.equal, seen[0], before))
+    finally:
+        engine.close()
+
+
+def alive():
+    """How many live adapters, staging targets and receivers there are."""
+    kinds = (LiveAdapter, StagedTarget, WeightReceiver)
+    gc.collect()
+    return [sum(type(o) is kind for o in gc.get_objects()) for kind in kinds]
+
+
+def test_the_memory_of_adapters_is_given_back_when_they_are_removed(tmp_path):
+    engine = SyncedEngine(llama(), tmp_path, enable_lora=True, max_lora_rank=16, dtype=ADAPTED)
+    calls = engine.llm.llm_engine
+    trainer = Trainer(llama())
+    try:
+        before = alive()
+        with trainer_of(engine.llm) as (session, updater):
+            sender = LoraSender(trainer.model, session)
+            for number, name in enumerate(["first", "second", "first"], start=1):
+                request = engine.request(name, number)
+                calls.add_lora(request)
+                expected = trainer.randomise(number)
+                updater.update(sender, adapter=name)
+                assert [now - then for now, then in zip(alive(), before, strict=True)] == [1, 1, 1]
+                agree(engine.generate(request), expected)
+                calls.remove_lora(number)
+                assert alive() == before
+    finally:
+        engine.close()
+
+
+def test_the_memory_of_an_adapter_is_given_back_when_files_take_its_name(tmp_path):
+    engine = SyncedEngine(
+        llama(), tmp_path / "model", enable_lora=True, max_lora_rank=16, dtype=ADAPTED
+    )
+    calls = engine.llm.llm_engine
+    trainer = Trainer(llama())
+    trainer.randomise(1, generate=False)
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    try:
+        before = alive()
+        with trainer_of(engine.llm) as (session, updater):
+            calls.add_lora(engine.request("policy", 1))
+            updater.update(LoraSender(trainer.model, session), adapter="policy")
+            calls.add_lora(engine.request("policy", 2, str(tmp_path / "adapter")))
+            assert alive() == before
     finally:
         engine.close()
