@@ -13,10 +13,15 @@ from fnmatch import fnmatchcase
 
 from packedcomm.errors import ArgumentError, LayoutError, ManifestError, listed
 from packedcomm.layout import Box, Layout, Piece
-from packedcomm.planning.engine_names import UNDIVIDED
 from packedcomm.planning.geometry import experts_of
 from packedcomm.planning.lora_attributes import LoraAttributes
-from packedcomm.planning.lora_names import LoraName, SlotPlace, SlotShapes, slot_places
+from packedcomm.planning.lora_names import (
+    LoraName,
+    SlotPlace,
+    SlotShapes,
+    division_of,
+    slot_places,
+)
 
 __all__ = ["LoraGeometry", "SlotShapes", "lora_layout", "slot_parameter"]
 
@@ -272,7 +277,7 @@ class _Builder:
             raise _MisfitError(f"rank {rank}, declared as {self._attributes.rank(module)}")
         first_row = self._first_row(rows_held, limit, place)
         rows = max(0, min(rank - first_row, rows_held))
-        if place.module.rpartition(".")[2] in UNDIVIDED and geometry.of(place.module)[1] > 1:
+        if division_of(place.module, shapes) == "unknown" and geometry.of(place.module)[1] > 1:
             raise _MisfitError(
                 f"the module holds several projections, and how {geometry.tp_size} ranks divide "
                 f"them can't be told"
@@ -292,7 +297,7 @@ class _Builder:
         a_parameter = slot_parameter(place.module, "A", place.slice)
         b_parameter = slot_parameter(place.module, "B", place.slice)
         base = own.start
-        # What both halves of gate_up_proj share in one slice is written once.
+        # What both halves of one slice share is written once.
         if rows and not (place.shared and number):
             for expert in mine:
                 row = first_row + ((base + expert) * rank if place.experts else 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from packedcomm.planning.engine_names import ALONE, EXPERT_PARTS, FUSED, expert_modules
+from packedcomm.planning.engine_names import ALONE, EXPERT_PARTS, FUSED, UNDIVIDED, expert_modules
 
-__all__ = ["LoraName", "SlotPlace", "SlotShapes", "slot_places"]
+__all__ = ["Division", "LoraName", "SlotPlace", "SlotShapes", "division_of", "slot_places"]
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
@@ -19,6 +20,13 @@ _EXPERT_SLICES = ("gate", "up", "down")
 
 _PARTS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}
 
+Division = Literal["halves", "unknown"]
+"""How ranks divide the outputs of one pair for several projections: "halves" if each rank holds its
+piece of the first half and its piece of the second, "unknown" if that can't be told."""
+
+_DIVISIONS: dict[str, Division] = {"gate_up_proj": "halves"}
+_DIVISIONS |= dict.fromkeys(UNDIVIDED, "unknown")
+
 
 @dataclass(frozen=True, slots=True)
 class SlotShapes:
@@ -27,10 +35,12 @@ class SlotShapes:
     Args:
         a: for each slice `(experts, rank, inputs)`; `experts` is 1 for layers without.
         b: for each slice `(experts, outputs, rank)`.
+        division: of a module of one slice; None to tell it from the module's name.
     """
 
     a: tuple[tuple[int, ...], ...]
     b: tuple[tuple[int, ...], ...]
+    division: Division | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,11 @@ class SlotPlace:
     all experts."""
 
 
+def division_of(module: str, shapes: SlotShapes) -> Division | None:
+    """How ranks divide the outputs of an engine's module; None for one projection in each slice."""
+    return shapes.division or _DIVISIONS.get(module.rpartition(".")[2])
+
+
 def slot_places(
     module: str,
     sizes: tuple[int, int],
@@ -121,7 +136,7 @@ def _unfused(module: str, leaf: str, rows: int, shapes: SlotShapes) -> list[Slot
     """A module that is named as the engine names it, so has one pair for all it computes."""
     if len(shapes.a) > 1:
         return []
-    if leaf == "gate_up_proj":
+    if division_of(module, shapes) == "halves":
         return [SlotPlace(module, 0, part, (n, 2), True) for n, part in enumerate(("gate", "up"))]
     if leaf == "qkv_proj" and shapes.b[0][1] != rows:
         # Where a rank's queries, keys and values begin can't be told from one size.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -14,7 +15,7 @@ from packedcomm.manifest import Manifest
 from packedcomm.planning.geometry import given_rank
 from packedcomm.planning.lora_attributes import LoraAttributes
 from packedcomm.planning.lora_layouts import LoraGeometry, lora_layout, slot_parameter
-from packedcomm.planning.lora_names import SlotShapes
+from packedcomm.planning.lora_names import Division, SlotShapes
 from packedcomm.targets.placement import (
     Placement,
     Placements,
@@ -38,13 +39,20 @@ class LoraSlots:
         b: for each slice `[max_loras, 1, outputs, R]`, likewise. `qkv_proj` has three slices,
             `gate_up_proj` two, plain layers one; experts have gate, up and down (w13's two,
             then w2's), or gate and up in one and down.
+        division: for a module of one slice that one pair adapts, though it holds several
+            projections: "halves" where each rank holds its piece of the first half of the outputs,
+            then its piece of the second; "unknown" where ranks divide them in another way, which
+            can't be written here. None to tell it from the module's name.
 
     Raises:
-        LayoutError: a tensor hasn't four dimensions, or slices or slots of A and B differ.
+        LayoutError: a tensor hasn't four dimensions, slices or slots of A and B differ, or a
+            module of several slices has a division.
+        ArgumentError: an unknown division.
     """
 
     a: tuple[torch.Tensor, ...]
     b: tuple[torch.Tensor, ...]
+    division: Division | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "a", tuple(self.a))
@@ -56,6 +64,12 @@ class LoraSlots:
             raise LayoutError(
                 f"LoRA slots need [max_loras, experts or 1, ., .] throughout, got shapes {shapes}"
             )
+        if self.division not in (None, *get_args(Division)):
+            raise ArgumentError(
+                f"division must be None or one of {get_args(Division)}, got {self.division!r}"
+            )
+        if self.division is not None and len(self.a) > 1:
+            raise LayoutError(f"division {self.division!r} needs one slice, got {len(self.a)}")
 
     @property
     def max_loras(self) -> int:
@@ -141,6 +155,7 @@ class LoraSlotTarget:
             shapes[name] = SlotShapes(
                 tuple(tuple(tensor.shape[1:]) for tensor in slots.a),
                 tuple(tuple(tensor.shape[1:]) for tensor in slots.b),
+                slots.division,
             )
         checked = checked_destinations(memory)
         check_one_device(checked)

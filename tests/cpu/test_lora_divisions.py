@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from packedcomm.errors import ArgumentError, ManifestError
+from packedcomm.targets import StagedTarget
 from packedcomm.targets.lora_slots import LoraSlotTarget
 from tests.helpers.delivery import counting, deliver
 from tests.helpers.lora import LIMIT, PREFIX, attributes, pair, stacked
@@ -42,6 +45,20 @@ def test_replicated_modules_are_whole_on_every_rank():
     wire = pair("m.shared.down_proj", 2, 4, 6)
     deliver(there, wire)
     assert torch.equal(slots.a[0][0, 0, :2], wire[f"{PREFIX}m.shared.down_proj.lora_A.weight"])
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_takes_its_piece_of_both_halves(rank, staged):
+    slots = replace(stacked((LIMIT, 6, 4, LIMIT)), division="halves")
+    there = LoraSlotTarget(
+        {"m.input_linear": slots}, 0, fold_scaling=False, tp_rank=rank, tp_size=2
+    )
+    wire = pair("m.input_linear", 2, 6, 8)
+    deliver(StagedTarget(there) if staged else there, wire)
+    left, right = wire[f"{PREFIX}m.input_linear.lora_B.weight"].chunk(2)
+    expected = torch.cat([left.chunk(2)[rank], right.chunk(2)[rank]])
+    assert torch.equal(slots.b[0][0, 0, :, :2], expected)
 
 
 def test_one_kv_head_is_whole_on_every_rank():

@@ -149,6 +149,39 @@ def test_slots_that_contradict_themselves_take_nothing():
         lora_layout(modules, shapes_of("o_proj", 2, 6, 4), LoraGeometry(), UNSCALED)
 
 
+@pytest.mark.parametrize(
+    ("module", "division", "pieces"),
+    [
+        # Of twelve outputs a rank of three holds four.
+        ("gate_up_proj", None, [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
+        ("input_linear", "halves", [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
+        ("in_proj", "halves", [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
+        ("dense_h_to_4h", "halves", [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
+        ("dense_h_to_4h", None, [("[8:12, 0:8]", 0)]),
+    ],
+)
+def test_a_pair_for_two_projections_is_divided_in_each_of_its_halves(module, division, pieces):
+    modules = {module: SlotShapes(((1, 8, 6),), ((1, 4, 8),), division)}
+    layout = lora_layout(modules, shapes_of(module, 8, 6, 12), LoraGeometry(2, 3), UNSCALED)
+    found = [(str(p.box), p.at[1]) for p in layout.pieces if "lora_B" in p.tensor]
+    assert sorted(found, key=lambda piece: piece[1]) == pieces
+    assert [str(p.box) for p in layout.pieces if "lora_A" in p.tensor] == ["[0:8, 0:6]"]
+
+
+@pytest.mark.parametrize(
+    ("module", "division"), [("attention", "unknown"), ("gate_up_proj", "unknown"), ("Wqkv", None)]
+)
+def test_a_pair_whose_division_is_unknown_is_taken_by_one_rank_only(module, division):
+    modules = {module: SlotShapes(((1, 8, 6),), ((1, 4, 8),), division)}
+    layout = lora_layout(modules, shapes_of(module, 8, 6, 4), LoraGeometry(), UNSCALED)
+    assert {(m, box) for m, box, _, _ in where(layout)} == {
+        ("A", "[0:8, 0:6]"),
+        ("B", "[0:4, 0:8]"),
+    }
+    with pytest.raises(ManifestError, match="how 3 ranks divide them can't be told"):
+        lora_layout(modules, shapes_of(module, 8, 6, 12), LoraGeometry(2, 3), UNSCALED)
+
+
 def test_only_keys_and_values_may_have_fewer_shards_than_ranks():
     # Slots of three rows: of six on the wire that would be two shards among four ranks.
     slot = SlotShapes(((1, 8, 6),) * 3, ((1, 3, 8),) * 3)

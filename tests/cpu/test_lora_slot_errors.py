@@ -162,6 +162,17 @@ def test_stacked_tensors_that_dont_go_together_are_an_error(a, b):
         LoraSlots(a, b)
 
 
+def test_an_unknown_division_is_an_error():
+    with pytest.raises(ArgumentError, match="division must be None or one of .* got 'thirds'"):
+        LoraSlots((torch.zeros(1, 1, 8, 6),), (torch.zeros(1, 1, 4, 8),), "thirds")
+
+
+def test_a_division_of_several_slices_is_an_error():
+    a, b = (torch.zeros(1, 1, 8, 6),) * 2, (torch.zeros(1, 1, 4, 8),) * 2
+    with pytest.raises(LayoutError, match="'halves' needs one slice, got 2"):
+        LoraSlots(a, b, "halves")
+
+
 def test_stacked_tensors_that_require_grad_are_an_error():
     slots = LoraSlots((torch.zeros(1, 1, 8, 6, requires_grad=True),), (torch.zeros(1, 1, 4, 8),))
     with pytest.raises(TensorError, match="requires grad"):

@@ -35,7 +35,14 @@ os.environ |= {
 }
 
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from packedcomm import WeightReceiver
 from packedcomm.engines.vllm.adapters import adapter_target, install_adapter_hook
@@ -90,6 +97,24 @@ def qwen3_moe():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     config = Qwen3MoeConfig(**COMMON, **experts, norm_topk_prob=True)
     return Qwen3MoeForCausalLM(config).to(TRAINER)
+
+
+def granite():
+    """One whose `input_linear` is two projections in one."""
+    torch.manual_seed(0)
+    config = GraniteMoeHybridConfig(
+        **{name: value for name, value in COMMON.items() if name != "head_dim"},
+        shared_intermediate_size=256,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        layer_types=["attention", "attention"],
+        position_embedding_type="rope",
+        # No layer is of this kind, but vLLM looks at its sizes.
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_n_groups=2,
+    )
+    return GraniteMoeHybridForCausalLM(config).to(TRAINER)
 
 
 class Trainer:

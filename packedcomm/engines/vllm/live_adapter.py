@@ -174,7 +174,7 @@ def _one_slot(stack: LoraSlots, device: torch.device) -> LoraSlots:
                 tuple(torch.zeros((1, *t.shape[1:]), dtype=t.dtype, device=device) for t in tensors)
                 for tensors in (stack.a, stack.b)
             )
-            return LoraSlots(a, b)
+            return LoraSlots(a, b, stack.division)
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
         raise CapacityError(
             f"no memory for one adapter on {device}: {str(error).splitlines()[0]}"

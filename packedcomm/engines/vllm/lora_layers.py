@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from packedcomm.errors import LayoutError, SessionStateError
+from packedcomm.planning.lora_names import Division
 from packedcomm.targets import LoraSlots
 
 __all__ = ["Cuts", "engine_names", "stack_of"]
@@ -29,7 +30,7 @@ def stack_of(layer: Any) -> LoraSlots | None:
     else:
         a, b = (_as_tuple(getattr(layer, f"lora_{matrix}_stacked", ())) for matrix in "ab")
     try:
-        return LoraSlots(a, b)
+        return LoraSlots(a, b, _division(layer) if len(a) == 1 else None)
     except LayoutError:
         return None
 
@@ -86,6 +87,18 @@ def engine_names(model: Any) -> Callable[[str], str] | None:
         return module if mapped is None else str(mapped).removesuffix(suffix)
 
     return rename
+
+
+def _division(layer: Any) -> Division | None:
+    """How ranks divide the outputs of a layer of one slice. vLLM goes by the kind of the layer, as
+    modules of one name are made of one projection in some models and of two in others."""
+    if "QKVParallelLinearWithLoRA" in _kinds(layer):
+        return "unknown"
+    if not getattr(layer, "is_merged_col_linear", False):
+        return None
+    sizes = layer.base_layer.output_sizes
+    # vLLM's loader cuts whatever is merged into halves, which suits two equal parts only.
+    return "halves" if len(sizes) == 2 and sizes[0] == sizes[1] else "unknown"
 
 
 def _kinds(layer: Any) -> set[str]:

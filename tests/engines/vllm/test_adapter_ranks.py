@@ -25,6 +25,7 @@ from tests.helpers.vllm_adapters import (
     Engine,
     Trainer,
     agree,
+    granite,
     llama,
     qwen3_moe,
 )
@@ -165,6 +166,18 @@ def test_each_stage_takes_its_layers(tmp_path, start):
     engine = start(llama(), max_loras=2, pipeline_parallel_size=2)
     saved(tmp_path / "adapter", llama())
     assert compared(engine, tmp_path / "adapter", 2, "proj") == [([], 4)] * 2
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sliced", "fully sharded"])
+def test_slots_of_two_projections_in_one_are_as_the_loader_fills_them(
+    tmp_path, start, fully_sharded
+):
+    options = {"tensor_parallel_size": 2, "fully_sharded_loras": fully_sharded}
+    engine = start(granite(), max_loras=2, **options)
+    # Of a rank that gives every rank rows of A, where these are divided too.
+    targets = ["input_linear", "output_linear"]
+    saved(tmp_path / "adapter", granite(), r=12, target_modules=targets)
+    assert compared(engine, tmp_path / "adapter", 2, "input_linear") == [([], 2)] * 2
 
 
 def receive_in_worker(worker, address, name):
