@@ -11,6 +11,8 @@ from packedcomm.engines.vllm.live import Links, live_tensors
 from packedcomm.engines.vllm.recorded import Entry, Recording
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.manifest import Manifest, TensorSpec
+from tests.helpers import loaders
+from tests.helpers.loaders import Engine, Layer, Reloading
 
 
 def model() -> torch.nn.Module:
@@ -23,7 +25,7 @@ class Weights(ModelWeights):
     def _check(self, manifest):
         pass
 
-    def update(self, manifest, constants=()):
+    def update(self, manifest):
         """As an update goes; the way that it took."""
         chosen = self.choose(manifest)
         way = self.way
@@ -31,8 +33,7 @@ class Weights(ModelWeights):
             name = manifest.specs[0].name
             entry = Entry((0,), (3,), (1,), name, 0)
             layer = name.rpartition(".")[0]
-            recording = Recording({name: [entry]}, {layer: {name}}, {}, constants=set(constants))
-            self.keep(manifest, recording)
+            self.keep(manifest, Recording({name: [entry]}, {layer: {name}}, {}))
         elif way == "proved":
             self._recordings[manifest.digest].proved = True
             self.keep(manifest, self._recordings[manifest.digest])
@@ -49,7 +50,6 @@ def weights():
 
 
 BIAS = Manifest([TensorSpec("0.bias", "float32", (3,))])
-NORM = Manifest([TensorSpec("1.weight", "float32", (3,))])
 WAYS = ["recorded", "proved", "replayed"]
 
 
@@ -134,6 +134,27 @@ def test_what_was_tried_is_tried_again_when_the_model_is_another(monkeypatch):
     assert len(weights._checked) < 80
 
 
+def test_a_tensor_that_the_loader_keeps_is_told_from_others_that_came_with_it(monkeypatch):
+    module = model()
+    weights = Weights(module, None, None, torch.device("cpu"))
+    kept = {}
+
+    def keep(fresh, given):
+        loaders.plainly(fresh, given)
+        kept.update(given)
+
+    layers = [
+        Layer("0", {"bias": module[0].bias.data}, ["0.bias"], loaders.plainly),
+        Layer("1", {"bias": module[1].bias.data}, ["1.bias"], keep),
+    ]
+    monkeypatch.setattr(Weights, "reload", lambda self: Reloading(Engine(layers)))
+    manifest = Manifest([TensorSpec(f"{n}.bias", "float32", (3,)) for n in range(2)])
+    chunk = torch.arange(6.0)
+    weights.choose(manifest)(1, [("0.bias", chunk[:3]), ("1.bias", chunk[3:])])
+    assert weights.reasons == {"1": "1.bias itself is kept beside the weights"}
+    assert torch.equal(kept["1.bias"], chunk[3:])
+
+
 def test_notes_are_of_the_present_manifest(weights):
     one, other = manifests(2)
     assert [weights.update(m) for m in (one, other)] == ["recorded"] * 2
@@ -142,28 +163,6 @@ def test_notes_are_of_the_present_manifest(weights):
     assert any("it is rounded" in note for note in weights.notes)
     weights.choose(other)
     assert not any("it is rounded" in note for note in weights.notes)
-
-
-def test_constants_are_made_anew_when_the_contents_were_lost(weights):
-    assert [weights.update(BIAS, ["0.bias"]) for _ in range(3)] == WAYS
-    assert [weights.update(NORM) for _ in range(3)] == WAYS
-    weights.lose_contents()
-    assert [weights.update(NORM), weights.update(BIAS), weights.update(BIAS)] == [
-        "replayed",
-        "loaded",
-        "replayed",
-    ]
-
-
-def test_constants_are_made_anew_when_another_manifest_was_there(weights):
-    one, other = manifests(2)
-    assert [weights.update(one, ["0.bias"]) for _ in range(3)] == WAYS
-    assert [weights.update(NORM) for _ in range(3)] == WAYS
-    assert weights.update(one) == "loaded"  # nobody knew what a recording would write
-    assert weights.update(NORM) == "replayed"
-    assert weights.update(one) == "replayed"
-    assert [weights.update(other) for _ in range(3)] == WAYS
-    assert [weights.update(one), weights.update(one)] == ["loaded", "replayed"]
 
 
 def test_links_are_to_parameters_and_buffers():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from packedcomm.engines.vllm.constants import Constants
 from tests.helpers import loaders
 from tests.helpers.loaders import Engine, Layer, assert_refused, assert_replayed, memory, one, sent
 from tests.helpers.tensors import DTYPES, content
@@ -233,6 +234,7 @@ def test_a_bias_that_is_loaded_outside_of_its_layer(when):
     def load_bias(given):
         for at, name in enumerate(("qb", "kb")):
             live["bias"][2 * at : 2 * at + 2].copy_(given[name])
+        received.clear()
 
     def prepare(given):
         received.update(given)
@@ -255,13 +257,49 @@ def test_a_bias_that_is_loaded_outside_of_its_layer(when):
 def test_constants_beside_what_is_received():
     padded = one(loaders.padded(6, 6), {"weight": memory(6, 4)}, ["w"])
     recording = assert_replayed(padded, sent(w=(10, 4)))
-    assert recording.constants == {"m.layer.weight"}
-    assert recording.writes_to(["m.layer.weight"])
-    assert not recording.writes_to(["m.layer.bias", "m.other.weight"])
+    live = padded.live
+    assert recording.constants.names == {"m.layer.weight"}
+    live["m.layer.weight"][:4] = 5.0
+    assert recording.constants.held_in(live)
+    live["m.layer.weight"][5, 3] = -0.0
+    assert not recording.constants.held_in(live)
 
     def twice(fresh, given):
         fresh["weight"].zero_()
         fresh["weight"].copy_(given["w"])
 
     whole = one(twice, {"weight": memory(6, 4)}, ["w"])
-    assert assert_replayed(whole, sent(w=(6, 4))).constants == set()
+    assert not assert_replayed(whole, sent(w=(6, 4))).constants.names
+
+
+def test_constants_between_columns_are_not_compared():
+    def fill(fresh, given):
+        fresh["weight"].zero_()
+        fresh["weight"][:, :3].copy_(given["w"])
+
+    recording = assert_replayed(one(fill, {"weight": memory(6, 4)}, ["w"]), sent(w=(6, 3)))
+    assert recording.constants.names == {"m.layer.weight"}
+    assert not recording.constants.held_in({"m.layer.weight": memory(6, 4)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"s": torch.ones(2, 2)}, {"s": torch.ones(4, dtype=torch.int32)}],
+    ids=["none", "shape", "dtype"],
+)
+def test_constants_are_not_held_in_other_tensors(other):
+    constants = Constants({"s": [(0, 1), (3, 4)]}, {"s": torch.ones(4)})
+    assert constants.held_in({"s": torch.tensor([1.0, 2.0, 3.0, 1.0])})
+    assert not constants.held_in(other)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
+def test_constants_of_every_dtype_in_scalars_and_views(dtype):
+    base = torch.ones(3, 4).to(dtype)
+    live = {"scale": base[1, 2], "row": base[2]}
+    constants = Constants({"scale": [(0, 1)], "row": [(1, 3)]}, live)
+    base[:2] = 0
+    base[1, 2] = base[2, 0] = base[2, 1]
+    assert constants.held_in(live)
+    base[2, 2] = 0
+    assert not constants.held_in(live)

@@ -63,6 +63,8 @@ REFUSED = {
     "partly": (lambda p, w: p[:2].copy_(w[:2]), "unknown contents"),
     "random": (lambda p, w: (p.copy_(w), p[0].uniform_()), "uniform_"),
     "kept": (lambda p, w: (p.copy_(w), HELD.update(x=w.abs().max())), "kept beside"),
+    "kept itself": (lambda p, w: (p.copy_(w), HELD.update(x=w)), "w itself is kept"),
+    "a view is kept": (lambda p, w: (p.copy_(w), HELD.update(x=w[1:, 2])), "w itself is kept"),
     "kept copy": (lambda p, w: (p.copy_(w), HELD.update(x=p.clone())), "kept beside"),
     "kept in old memory": (
         lambda p, w: (p.copy_(w), torch.abs(w, out=HELD.setdefault("m", memory(4, 4)))),
@@ -111,6 +113,14 @@ def test_a_layer_that_is_given_up_gets_what_was_made_for_it_beforehand():
     engine.prepare = lambda received: {"w": received["a"] + received["b"]}
     recording = assert_refused(engine, sent(a=(4,), b=(4,)), "add")
     assert recording.by_loader == {"a", "b"}
+
+
+def test_what_is_kept_by_no_layer_leaves_the_whole_model_to_the_loader():
+    engine = one(loaders.plainly, {"weight": memory(4)}, ["w"])
+    engine.prepare = lambda received: {"w": received["w"], "kept": HELD.update(x=received["x"])}
+    assert_refused(engine, sent(w=(4,), x=(2,)), "x itself is kept", "")
+    engine.prepare = lambda received: {"w": received["w"]}
+    assert_replayed(engine, sent(w=(4,), x=(2,)), parts=1)
 
 
 def test_layers_that_are_given_unknown_memory():

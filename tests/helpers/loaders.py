@@ -4,7 +4,7 @@ their parameters, processed, and copied into the memory that the engine runs on.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,23 @@ class Engine:
             tensor.copy_(fresh[name])
 
 
+class Reloading:
+    """As `Reload`, of an engine whose layers are complete when everything was given."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.given: Tensors = {}
+
+    def begin(self) -> None: ...
+
+    def load(self, items: Iterable[tuple[str, torch.Tensor]], watch: object = None) -> None:
+        self.given.update(items)
+
+    def end(self, watch: object = None) -> None:
+        given, self.given = self.given, {}
+        self.engine.load(given, watch or Unwatched())
+
+
 class Unwatched:
     """Nobody looks."""
 
@@ -102,12 +119,13 @@ def record(
     """What is recorded of one update."""
     live = engine.live
     recorder = Recorder(live)
-    if received is None:
-        received = payload(manifest, 1)
-    for name, tensor in received.items():
-        recorder.receive(name, tensor)
+    # In memory of their own, which the engine alone may keep.
+    given = {n: t.clone() for n, t in (received or payload(manifest, 1)).items()}
+    for name in given:
+        recorder.receive(name, given[name])
     with recorder:
-        engine.load(received, recorder)
+        engine.load(given, recorder)
+    given.clear()
     if collect:
         gc.collect()
     return Recording.of(recorder, manifest, live)
@@ -126,6 +144,11 @@ def prove(engine: Engine, recording: Recording, manifest: Manifest, seed: int = 
 def replay(engine: Engine, recording: Recording, manifest: Manifest, received: Tensors) -> None:
     """An update by the recording alone."""
     target = RecordedTarget(recording, engine.live, torch.device("cpu"), lambda items: None)
+    fill(target, manifest, received)
+
+
+def fill(target: RecordedTarget, manifest: Manifest, received: Tensors) -> None:
+    """What a transfer does."""
     for spec, parts in zip(manifest.specs, target.place(manifest), strict=True):
         for part in parts:
             offset = part.offset or (0,) * len(spec.shape)

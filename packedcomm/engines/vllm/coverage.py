@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from packedcomm.engines.vllm.constants import Ranges
 from packedcomm.engines.vllm.memories import Memory, Write, dense, kind_of
 from packedcomm.engines.vllm.moves import Move
 
@@ -16,7 +17,9 @@ __all__ = ["holds"]
 _UNTOUCHED, _UNKNOWN, _CONSTANT, _RECEIVED = range(4)
 
 
-def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Write], bool]:
+def holds(
+    memory: Memory, tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[Write], dict[str, Ranges | None]]:
     """What live memory holds in the end.
 
     Args:
@@ -24,8 +27,8 @@ def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Wri
         tensors: the live tensors in it.
 
     Returns:
-        The writes of received tensors that it still holds all of, each element once, and whether
-        it holds constants too.
+        The writes of received tensors that it still holds all of, each element once; and of the
+        tensors that hold constants, where: None if that isn't in ranges.
 
     Raises:
         ValueError: some of a tensor isn't known, or a write is partly overwritten.
@@ -57,7 +60,12 @@ def holds(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Wri
     if any(_UNTOUCHED in found and found != {_UNTOUCHED} for found in held):
         raise ValueError("some elements come from nowhere that was seen")
     received = [memory.writes[index - _RECEIVED] for index in surface.received()]
-    return received, any(_CONSTANT in found for found in held)
+    constants = {
+        name: surface.constants_in(tensor)
+        for (name, tensor), found in zip(tensors.items(), held, strict=True)
+        if _CONSTANT in found
+    }
+    return received, constants
 
 
 def _in_one_piece(move: Move, size: int) -> bool:
@@ -98,9 +106,19 @@ class _Ranges:
         return [code for code, held in self._held().items() if held]
 
     def codes_in(self, tensor: torch.Tensor) -> set[int]:
+        return {code for _, _, code in self._within(tensor)}
+
+    def constants_in(self, tensor: torch.Tensor) -> Ranges:
+        return [(low, high) for low, high, code in self._within(tensor) if code == _CONSTANT]
+
+    def _within(self, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+        """The ranges of a tensor, from its first element on, and what each of them is."""
         low = (tensor.data_ptr() - self._first) // self._size
-        first = bisect_right(self._starts, low) - 1
-        return set(self._codes[first : bisect_left(self._starts, low + tensor.numel())])
+        high = low + tensor.numel()
+        ends = [*self._starts[1:], high]
+        at = slice(bisect_right(self._starts, low) - 1, bisect_left(self._starts, high))
+        for start, end, code in zip(self._starts[at], ends[at], self._codes[at], strict=True):
+            yield max(start, low) - low, min(end, high) - low, code
 
 
 class _Map:
@@ -151,3 +169,6 @@ class _Map:
             )
             if bool(some.any())
         }
+
+    def constants_in(self, tensor: torch.Tensor) -> None:
+        """They are somewhere between the received ones."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from packedcomm.copying import CASTABLE, Part, TensorRecord
+from packedcomm.engines.vllm.constants import Constants, Ranges
 from packedcomm.engines.vllm.coverage import holds
 from packedcomm.engines.vllm.memories import Memory
 from packedcomm.engines.vllm.moves import box_in
@@ -78,9 +79,8 @@ class Recording:
     outside: set[str] = field(default_factory=set)
     """Received tensors that are loaded before or after their layers are: biases, for example."""
 
-    constants: set[str] = field(default_factory=set)
-    """Live tensors of which the loader sets some elements to what isn't received, such as padding
-    to zeros. Replays leave these as they are."""
+    constants: Constants = field(default_factory=lambda: Constants({}, {}))
+    """What the loader sets to the same in every update. Replays leave it as it is."""
 
     proved: bool = False
     """Whether a second update has shown the loader doing the same."""
@@ -101,17 +101,17 @@ class Recording:
         """
         written = recorder.close()
         recording = cls({}, recorder.fed, dict(recorder.reasons), recorder.outside)
+        constants: dict[str, Ranges | None] = {}
         for memory in written:
             tensors = {name: live[name] for name in memory.live}
             try:
-                found, constants = _entries(memory, tensors, recorder.fed, manifest)
+                found, fixed = _entries(memory, tensors, recorder.fed, manifest)
             except ValueError as error:
                 # Another layer that shares the memory has nothing to do for it.
                 for layer in (memory.layers & recorder.fed.keys()) or memory.layers:
                     recording.reasons.setdefault(layer, f"{memory.live[0]}: {error}")
                 continue
-            if constants:
-                recording.constants.update(memory.live)
+            constants.update(fixed)
             for origin, entry in found:
                 recording.entries.setdefault(origin, []).append(entry)
         held = recording.layers
@@ -123,6 +123,7 @@ class Recording:
                     layer, f"{min(lost or names)} doesn't end up in parameters"
                 )
         recording._drop_layers()
+        recording.constants = Constants(constants, live)
         return recording
 
     def give_up(self, reasons: Mapping[str, str]) -> None:
@@ -152,12 +153,12 @@ class Recording:
         """Names of the received tensors that the loader must be given."""
         return set().union(*(self.fed.get(layer, set()) for layer in self.reasons))
 
-    def writes_to(self, names: Collection[str]) -> bool:
-        """Whether its updates write to any of these live tensors, as far as that is known."""
-        own = {entry.live for entries in self.entries.values() for entry in entries}
-        own |= self.constants
-        layers = self.reasons.keys()
-        return any(n in own or n.rpartition(".")[0] in layers or "" in layers for n in names)
+    def leaves_to_loader(self, names: Collection[str]) -> bool:
+        """Whether any of these live tensors is in a layer that stays with the loader, or below
+        one."""
+        return any(
+            not layer or name.startswith(f"{layer}.") for layer in self.reasons for name in names
+        )
 
     @property
     def layers(self) -> dict[str, set[str]]:
@@ -174,8 +175,8 @@ def _entries(
     tensors: Mapping[str, torch.Tensor],
     fed: Mapping[str, set[str]],
     manifest: Manifest,
-) -> tuple[list[tuple[str, Entry]], bool]:
-    """What of live memory is which box, and whether some of it is constant.
+) -> tuple[list[tuple[str, Entry]], dict[str, Ranges | None]]:
+    """What of live memory is which box, and where it is constant, as `holds` says.
 
     Args:
         memory: as it was recorded.

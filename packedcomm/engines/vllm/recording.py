@@ -84,7 +84,8 @@ class Recorder(TorchDispatchMode):
                 self._give_up(f"{mine[0]} and {other.live[0]} share memory as two storages", "")
 
     def receive(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor that the loader is about to be given."""
+        """A tensor that the loader is about to be given: nobody else keeps its storage, so that it
+        shows in the end whether the loader does."""
         if not tensor.numel():
             return
         steps = steps_of(tensor)
@@ -127,8 +128,14 @@ class Recorder(TorchDispatchMode):
         self._layer = None
 
     def close(self) -> list[Memory]:
-        """The live memory that was written, once the loader is through. Layers that keep memory
-        which was computed from their weights are given up."""
+        """The live memory that was written, once the loader is through. Layers that keep what they
+        were given, or memory which was computed from it, are given up."""
+        for memory in self._received:
+            if not memory.storage.expired():  # type: ignore[no-untyped-call]
+                reason = f"{memory.received} itself is kept beside the weights"
+                fed = [layer for layer, names in self.fed.items() if memory.received in names]
+                for layer in fed or [""]:
+                    self._give_up(reason, layer)
         for storage, layer, operation in self._kept:
             if not storage.expired():  # type: ignore[no-untyped-call]
                 self._give_up(f"{operation}: the result is kept beside the weights", layer)

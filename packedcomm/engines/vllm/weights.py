@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from packedcomm.engines.vllm.live import Links, live_tensors
 from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording
@@ -28,6 +29,9 @@ logger = logging.getLogger("packedcomm")
 # Manifests whose recordings are kept, and of how many it is known whether the loader takes them.
 _KEPT = 4
 _MOST_CHECKED = 64
+
+# What has come over a manifest's constants if nobody knows.
+_ANYTHING = ""
 
 # Above this share of the bytes the loader gets everything: what it is given needs memory aside.
 _MOST_BY_LOADER = 0.25
@@ -65,8 +69,9 @@ class ModelWeights:
         self._recordings: dict[str, Recording] = {}
         self._targets: dict[str, RecordedTarget] = {}
         self._links: dict[str, Links] = {}
-        # Manifests whose constants somebody may have overwritten: the loader makes them anew.
-        self._stale: set[str] = set()
+        # By manifest: the others that came since it is known that all of its constants are in
+        # place, or _ANYTHING.
+        self._since: dict[str, set[str]] = {}
         # By manifest and `partial`: why its loader can't be tried.
         self._checked: dict[tuple[str, bool], str] = {}
         self._checked_layout: dict[str, Any] | None = None
@@ -98,19 +103,16 @@ class ModelWeights:
             self.forget()
         self._check(manifest)
         recording = self._recordings.get(digest)
-        self._stale |= {
-            other
-            for other, theirs in self._recordings.items()
-            if other != digest and (recording is None or recording.writes_to(theirs.constants))
-            if theirs.constants
-        }
+        for other, theirs in self._recordings.items():
+            if other != digest and theirs.constants.names:
+                self._since.setdefault(other, set()).add(digest)
         if recording is None:
             return _Recorded(self, manifest)
         # The one that was used last is kept longest.
         self._recordings[digest] = self._recordings.pop(digest)
         if not recording.proved:
             return _Proved(self, manifest, recording)
-        if digest in self._stale or not self._replayable(manifest, recording):
+        if not self._replayable(manifest, recording) or not self._constants_held(digest):
             return _Loaded(self, manifest)
         self.way = "replayed"
         target = self._replay(manifest, recording)
@@ -123,7 +125,7 @@ class ModelWeights:
         recording = self._recordings.get(manifest.digest)
         if recording is None or not recording.proved or recording.reasons:
             return None
-        if manifest.digest in self._stale:
+        if manifest.digest in self._since:
             return None
         return self._replay(manifest, recording)
 
@@ -147,7 +149,7 @@ class ModelWeights:
         self._recordings.clear()
         self._targets.clear()
         self._links.clear()
-        self._stale.clear()
+        self._since.clear()
         # What a loader takes depends on what the model has, not on where that is: some move their
         # parameters at every load.
         if (layout := self._layout()) != self._checked_layout:
@@ -161,11 +163,13 @@ class ModelWeights:
 
     def lose_contents(self) -> None:
         """All memory has other contents now than the last update left."""
-        self._stale = {d for d, recording in self._recordings.items() if recording.constants}
+        for digest, recording in self._recordings.items():
+            if recording.constants.names:
+                self._since.setdefault(digest, set()).add(_ANYTHING)
 
     def loaded(self, manifest: Manifest) -> None:
         """The loader has carried out all of an update."""
-        self._stale.discard(manifest.digest)
+        self._since.pop(manifest.digest, None)
 
     def take_back(self) -> None:
         """After a failed update: end the reload that it has begun, so that the engine can answer.
@@ -215,7 +219,7 @@ class ModelWeights:
             del self._recordings[oldest]
             self._targets.pop(oldest, None)
             self._links.pop(oldest, None)
-            self._stale.discard(oldest)
+            self._since.pop(oldest, None)
         self._recordings[manifest.digest] = recording
         for layer, reason in recording.reasons.items():
             logger.info("stays with the engine's loader: %s: %s", layer or "the model", reason)
@@ -246,6 +250,20 @@ class ModelWeights:
         aside = sum(manifest.by_name[name].nbytes for name in recording.by_loader)
         return aside <= _MOST_BY_LOADER * manifest.nbytes
 
+    def _constants_held(self, digest: str) -> bool:
+        """Whether everything is in place that a manifest's loader sets to constants."""
+        recording = self._recordings[digest]
+        for other in self._since.get(digest, ()):
+            theirs = self._recordings.get(other)
+            # Where loaders do more than is followed, they may do so beside the parameters, too,
+            # and that can't be compared.
+            if theirs is None or theirs.leaves_to_loader(recording.constants.names):
+                return False
+        if digest in self._since and not recording.constants.held_in(live_tensors(self._model)):
+            return False
+        self._since.pop(digest, None)
+        return True
+
     def _load_rest(self, recording: Recording, items: list[tuple[str, torch.Tensor]]) -> None:
         reload = self.reload(list(recording.reasons))
         reload.begin()
@@ -255,6 +273,14 @@ class ModelWeights:
 
 def _short(text: str) -> str:
     return text.encode()[:500].decode(errors="ignore")
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under a storage of its own: many tensors of a chunk share one, which is kept
+    for longer than they are."""
+    if not tensor.numel():
+        return tensor
+    return from_dlpack(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 class _Loaded:
@@ -302,10 +328,11 @@ class _Recorded(_Loaded):
         super()._begin()
 
     def _load(self, reload: Reload, items: list[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in items:
+        own = [(name, _alias(tensor)) for name, tensor in items]
+        for name, tensor in own:
             self._recorder.receive(name, tensor)
         with self._recorder:
-            reload.load(items, self._recorder)
+            reload.load(own, self._recorder)
 
     def _end(self, reload: Reload) -> None:
         with self._recorder:

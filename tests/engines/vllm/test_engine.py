@@ -404,6 +404,23 @@ def test_weights_that_were_lost_are_torn_until_all_have_come(engine, trainer, sy
     agree(engine.generate(), models[0][1])
 
 
+def test_parts_of_a_model_in_turns_are_replayed(engine, trainer, synced, models):
+    """Each of them makes attention's scales anew when it is loaded."""
+    session, updater = trainer
+    model = changed(models[0][0], 0)
+    model.load_state_dict(models[0][0].state_dict())
+    ways = []
+    for turn in range(6):
+        part = f"layers.{turn % 2}.input_layernorm"
+        own, other = tensors_of(model), tensors_of(changed(model, turn + 20))
+        norms = {name: own[name].copy_(other[name]) for name in own if part in name}
+        updater.update(FullWeightSender(norms, session), partial=True)
+        agree(engine.generate(), generated(model))
+        ways.append(engine.statuses()[0]["way"])
+    assert ways == ["recorded"] * 2 + ["proved"] * 2 + ["replayed"] * 2
+    synced(holds=False)
+
+
 @pytest.fixture
 def replaying(monkeypatch):
     """Norms are replayed on CPUs, too."""
