@@ -19,6 +19,9 @@ __all__ = ["Reload", "Watch"]
 
 Named = tuple[str, torch.Tensor]
 
+# An attribute of the experts' own modules, used by nothing but their loader.
+_PREFIX = "lora_base_layer_prefix"
+
 
 class Watch(Protocol):
     """Is told of every layer that a reload completes."""
@@ -61,6 +64,8 @@ class Reload:
         self._roots: list[Any] = [model] if layers is None else [named[n] for n in _tops(layers)]
         self._rename = rename
         self._lent = set() if lender is None else {id(module) for module in lender.modules()}
+        # Experts that LoRA wraps: of those vLLM's loader looks for names that no checkpoint has.
+        self._prefixed = [m for m in named.values() if getattr(m, _PREFIX, "")]
         self._kernels: list[tuple[Any, Any]] = []
         # What is written before its layer is complete, by module: biases, from vLLM 0.27 on.
         self._before: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -95,7 +100,14 @@ class Reload:
         """
         with self._watched(watch), self._configured():
             given = ((self._name(name), tensor) for name, tensor in items)
-            self._model.load_weights(given)
+            prefixes = [(module, getattr(module, _PREFIX)) for module in self._prefixed]
+            try:
+                for module, _ in prefixes:
+                    setattr(module, _PREFIX, "")
+                self._model.load_weights(given)
+            finally:
+                for module, prefix in prefixes:
+                    setattr(module, _PREFIX, prefix)
 
     def end(self, watch: Watch | None = None) -> None:
         """Complete what is left, such as layers with padding, and attention."""

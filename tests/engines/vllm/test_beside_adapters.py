@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
+
+from safetensors.torch import load_file
 
 from packedcomm import FullWeightSender
 from packedcomm.engines.vllm.client import LocalEngine
@@ -17,9 +20,42 @@ pytestmark = [
 ]
 
 
+DTYPE = str(ADAPTED).removeprefix("torch.")
+
 experts = pytest.mark.skipif(
     ENGINE.type == "cpu", reason="vLLM's kernels for experts with adapters are of Triton"
 )
+
+
+def parameters_of(engine):
+    return {name: tensor.clone() for name, tensor in engine.model.named_parameters()}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["fused", "one by one"])
+@pytest.mark.skipif(ENGINE.type != "cpu", reason="the engine isn't in this process")
+def test_experts_get_what_a_checkpoint_brings(tmp_path, apart):
+    # Which the CPU build can't compute with where they may be adapted.
+    model = changed(qwen3_moe(), 1)
+    model.save_pretrained(tmp_path / "checkpoint")
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors") if apart else model
+    options = {"enable_lora": True, "max_lora_rank": 16, "dtype": DTYPE}
+    loaded = SyncedEngine(model, tmp_path / "loaded", **options)
+    try:
+        expected = parameters_of(loaded)
+    finally:
+        loaded.close()
+    engine = SyncedEngine(qwen3_moe(), tmp_path / "synced", **options)
+    try:
+        with trainer_of(LocalEngine(engine.llm)) as (session, updater):
+            for _ in range(3):
+                updater.update(FullWeightSender(tensors, session))
+            held = parameters_of(engine)
+    finally:
+        engine.close()
+    experts = [name for name in expected if "routed_experts.w" in name]
+    assert experts
+    assert all(torch.equal(held[name], expected[name]) for name in experts)
+    assert held.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("make", [llama, pytest.param(qwen3_moe, marks=experts)])
@@ -30,7 +66,7 @@ def test_each_update_of_all_weights_is_answered_with(tmp_path, make):
         tmp_path,
         enable_lora=True,
         max_lora_rank=16,
-        dtype=str(ADAPTED).removeprefix("torch."),
+        dtype=DTYPE,
     )
     try:
         with trainer_of(LocalEngine(engine.llm)) as (session, updater):
