@@ -92,9 +92,9 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**COMMON)).to(TRAINER)
 
 
-def qwen3_moe():
+def qwen3_moe(chosen=2):
     torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    experts = {"num_experts": 4, "num_experts_per_tok": chosen, "moe_intermediate_size": 64}
     config = Qwen3MoeConfig(**COMMON, **experts, norm_topk_prob=True)
     return Qwen3MoeForCausalLM(config).to(TRAINER)
 
