@@ -54,8 +54,8 @@ class Pauses:
         self.lock = threading.Lock()
         """Held while an update begins to pause, and while a pause that came late is undone."""
         self.relied_on: UpdateSteps | None = None
-        self.resuming: Calls | None = None
-        """Those of the update before, which may come to their end late."""
+        self.resuming: list[Calls] = []
+        """Those of earlier updates that haven't come to their end yet, and of the last one."""
 
 
 class UpdateSteps:
@@ -126,14 +126,18 @@ class UpdateSteps:
         if not pauses.lock.acquire(timeout=self._timeout_s):
             raise late
         try:
-            self._paused = True
             pauses.relied_on = self
         finally:
             pauses.lock.release()
-        if pauses.resuming is not None:
-            pauses.resuming.wait(max(0.0, end - time.monotonic()))
-            if not pauses.resuming.done:
-                raise late
+        try:
+            for calls in pauses.resuming:
+                calls.wait(max(0.0, end - time.monotonic()))
+                if not calls.done:
+                    raise late
+        except BaseException:
+            pauses.relied_on = None
+            raise
+        self._paused = True
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
         try:
@@ -217,7 +221,9 @@ class UpdateSteps:
         self._pauses.relied_on = None
         able = [engine for engine in self._engines if hasattr(engine, "resume")]
         with measured(self._seconds, "resume"), self._noting():
-            calls = self._pauses.resuming = Calls("resume", able, self._resume)
+            calls = Calls("resume", able, self._resume)
+            late = [earlier for earlier in self._pauses.resuming if not earlier.done]
+            self._pauses.resuming = [*late, calls]
             if (failure := calls.wait(self._timeout_s)) is not None:
                 raise failure
 
