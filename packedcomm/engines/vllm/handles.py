@@ -28,8 +28,8 @@ class EngineHandle(Protocol):
     """An engine, as the trainer's side sees it: vLLM's own four methods with plain dictionaries.
 
     Any object that has them will do, vLLM's own weight-sync clients among them. They return when
-    the engine is done and raise if it failed; a call may come from any thread, never two at once.
-    What an engine has of the following is used too:
+    the engine is done and raise if it failed. A call may come from any thread; two at once only
+    where one takes longer than its deadline. What an engine has of the following is used too:
 
     - `pause(mode, clear_cache=...)` and `resume()`: stop scheduling, and go on, though not while a
       part of the engine's memory is asleep;
