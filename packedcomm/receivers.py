@@ -57,7 +57,7 @@ class WeightReceiver:
         session: the receiver's session.
 
     Raises:
-        ArgumentError: the target is neither.
+        ArgumentError: the target is neither, or the session isn't a receiver's.
     """
 
     def __init__(
@@ -69,6 +69,10 @@ class WeightReceiver:
             )
         if isinstance(target, torch.nn.Module):
             raise ArgumentError("target is a module: wrap it, as in TensorTarget(module)")
+        if not isinstance(session, ReceiverSession):
+            raise ArgumentError(
+                f"session must be a receiver's, from Session.connect, not {type(session).__name__}"
+            )
         self.session = session
         self._following = Following(target, session)
         # A signal handler may close what it interrupts.

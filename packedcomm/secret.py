@@ -10,17 +10,26 @@ from pathlib import Path
 
 from packedcomm.errors import ArgumentError
 
-__all__ = ["generate_secret", "read_secret"]
+__all__ = ["check_length", "generate_secret", "read_secret"]
 
 logger = logging.getLogger("packedcomm")
 
 MOST_BYTES = 4096
+LEAST_CHARACTERS = 16
 
 
 def generate_secret() -> str:
     """A new secret for one job: 43 characters that hold 256 random bits, safe in URLs, shells and
     environment variables."""
     return secrets.token_urlsafe(32)
+
+
+def check_length(secret: str) -> None:
+    """Raise `ArgumentError`, without the secret, if it is too short to be one."""
+    if len(secret) < LEAST_CHARACTERS:
+        raise ArgumentError(
+            f"secret has {len(secret)} characters, at least {LEAST_CHARACTERS} are needed"
+        )
 
 
 def read_secret(path: str) -> str:

@@ -65,7 +65,7 @@ class FullWeightSender:
         policy: at which steps `step` syncs; None is every step, the first and the last.
 
     Raises:
-        ArgumentError: a session is missing on the leader, or given elsewhere.
+        ArgumentError: a session is missing on the leader, given elsewhere, or not a sender's.
     """
 
     def __init__(
@@ -83,6 +83,10 @@ class FullWeightSender:
                 "the leading process of a trainer needs a session"
                 if session is None
                 else "only the leading process of a sharded trainer takes a session"
+            )
+        if not isinstance(session, SenderSession | None):
+            raise ArgumentError(
+                f"session must be a sender's, from Session.listen, not {type(session).__name__}"
             )
         self.version: int | None = None
         """The last version that was committed."""

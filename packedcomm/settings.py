@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from packedcomm.errors import ArgumentError
-from packedcomm.secret import read_secret
+from packedcomm.secret import check_length, read_secret
 
 __all__ = ["DEFAULTS", "Settings"]
 
@@ -120,7 +120,9 @@ class Settings:
             if not issubclass(found, kinds) or found is bool:
                 # Not its value: it may be the secret.
                 raise ArgumentError(f"Settings.{entry.name} must be {what}, not {found.__name__}")
-        if self.secret_file and not self.secret:
+        if self.secret:
+            check_length(self.secret)
+        elif self.secret_file:
             # It would be left out silently, and a session on loopback would need none.
             raise ArgumentError(
                 "Settings.secret_file is read by Settings.from_environment only; "

@@ -18,10 +18,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from packedcomm.errors import ArgumentError
+from packedcomm.secret import check_length
 
 __all__ = ["Gate", "Keys", "check_secret"]
-
-LEAST_CHARACTERS = 16
 
 SENDER_LABEL = b"packedcomm control sender 1"
 RECEIVER_LABEL = b"packedcomm control receiver 1"
@@ -41,10 +40,7 @@ def check_secret(secret: str | None, hosts: list[str]) -> None:
     if secret is not None:
         if type(secret) is not str:
             raise ArgumentError(f"secret must be a string or None, got {type(secret).__name__}")
-        if len(secret) < LEAST_CHARACTERS:
-            raise ArgumentError(
-                f"secret has {len(secret)} characters, at least {LEAST_CHARACTERS} are needed"
-            )
+        check_length(secret)
         return
     for host in hosts:
         if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:

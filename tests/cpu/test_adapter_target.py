@@ -87,6 +87,11 @@ def test_a_module_is_no_callback():
         WeightReceiver(nn.Linear(1, 1), None)
 
 
+def test_a_session_is_missed_at_once():
+    with pytest.raises(ArgumentError, match="session must be a receiver's.*not NoneType"):
+        WeightReceiver(TensorTarget({}), None)
+
+
 def test_a_merged_adapter_is_refused_until_it_is_unmerged():
     trainer, server = model(), model()
     target = AdapterTarget(server)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from packedcomm import FullWeightSender, TensorTarget, WeightReceiver
-from packedcomm.errors import PackedCommError, ProtocolError, RemoteError
+from packedcomm.errors import ArgumentError, PackedCommError, ProtocolError, RemoteError
 from packedcomm.leading import Leading
 from packedcomm.settings import Settings
 from packedcomm.sources import BoundedSource, LoraSource, ModuleSource, ShardedSource, Source
@@ -155,3 +155,12 @@ def test_a_process_whose_leader_does_something_else_says_so(outcomes, error):
     with pytest.raises(error, match="another call" if error is ProtocolError else "odd"):
         sender.sync()
     assert sender.version is None
+
+
+@pytest.mark.parametrize(
+    ("session", "text"),
+    [(None, "needs a session"), ("127.0.0.1:1234", "must be a sender's.*not str")],
+)
+def test_a_session_of_another_kind_is_refused_at_once(session, text):
+    with pytest.raises(ArgumentError, match=text):
+        FullWeightSender({"w": torch.zeros(1)}, session)
