@@ -76,9 +76,6 @@ class Held:
     memory: ReceivedDigests | None
     """None for a callback, whose tensors are digested as they come."""
 
-    told: int | None = None
-    """Which sender of the session was told the regions last."""
-
 
 class Following:
     """Runs the stages of a receiver's syncs over its session; keeps what they agreed on.
@@ -244,7 +241,7 @@ class Following:
                 regions = self._regions_to_tell(offer, manifest, plan) if verify else None
                 if not verify:
                     # Then the sender forgets what it was told before.
-                    session.told.pop(manifest.digest, None)
+                    session.told.forget(offer.sender, manifest.digest)
                 session.phases.enter(SyncState.AGREED)
                 session.reply(Ready(verify, regions))
                 if not offer.at_once:
@@ -333,14 +330,9 @@ class Following:
             else:
                 held = Held(regions_of(plan.parts), plan, ReceivedDigests(plan.destinations))
             self._held[manifest.digest] = held
-        # Another receiver may use this session too, and have told of its own.
-        told = self._session.told
-        known = held.told == offer.sender and told.get(manifest.digest) is held
-        if offer.regions_known and known:
-            return None
-        held.told = offer.sender
-        told[manifest.digest] = held
-        return held.regions
+        # Another receiver may use this session too, and have told that sender of its own.
+        news = self._session.told.note(offer.sender, manifest.digest, held)
+        return held.regions if news or not offer.regions_known else None
 
     def _digests(self, manifest: Manifest, shown: ShownDigests | None) -> torch.Tensor:
         if shown is not None:

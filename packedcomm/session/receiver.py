@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 
@@ -49,6 +47,7 @@ from packedcomm.session.phases import deadline_after
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.remote_errors import described, remote_error
 from packedcomm.session.states import AT_REST
+from packedcomm.session.told import Told
 from packedcomm.settings import Settings
 
 __all__ = ["ReceiverSession"]
@@ -76,8 +75,8 @@ class ReceiverSession(Inbox):
         deadline = deadline_after(settings.connect_timeout_s)
         self.rank, self.world_size = 0, 0
         self._owes = False
-        self.told: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-        """By digests of manifests: what the sender was told last that is held of them here."""
+        self.told = Told()
+        """What senders know of what is held here."""
         connect = partial(ReceiverChannel, address, secret, settings, deadline)
         self._channel = connect()
         welcome = self._introduce(hello, deadline) or self._come_again(connect, hello, deadline)

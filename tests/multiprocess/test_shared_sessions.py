@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 import time
 
@@ -12,7 +13,9 @@ import torch
 from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, WeightReceiver
 from packedcomm.copying import Part
 from packedcomm.errors import DeadlineExceeded, RemoteError
-from packedcomm.session.messages import Commit
+from packedcomm.session import ReceiverSession
+from packedcomm.session.messages import Commit, Ready
+from packedcomm.session.told import Told
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.peers import eventually
 from tests.helpers.sessions import QUICK
@@ -45,6 +48,10 @@ def test_what_verifies_may_change_from_sync_to_sync(others):
             assert outcome.sent.verified == (receiver is staged[0])
             assert all(holds(tensors, float(value)) for tensors in live)
             assert receiver.status().ready
+
+
+class Kept:
+    """Something that can be referred to weakly."""
 
 
 class Rows:
@@ -81,6 +88,49 @@ def test_receivers_of_different_rows_each_tell_them():
             rows = slice(2, 5) if which else slice(0, 2)
             for name, tensor in sent.items():
                 assert torch.equal(held[which][name], tensor[rows])
+
+
+def test_regions_are_told_once_to_each_sender(monkeypatch):
+    told = []
+    reply = ReceiverSession.reply
+
+    def note(session, message):
+        if isinstance(message, Ready):
+            told.append(message.regions is not None and bool(message.regions))
+        reply(session, message)
+
+    monkeypatch.setattr(ReceiverSession, "reply", note)
+    with sessions(1) as (session, (end,)):
+        live = weights(0.0)
+        in_place = WeightReceiver(TensorTarget(live), end)
+        staged = WeightReceiver(StagedTarget(TensorTarget(live)), end)
+        sent = weights(0.0)
+        ways = [
+            (FullWeightSender(sent, session, verify=True), in_place),
+            (FullWeightSender(sent, session, verify=False), in_place),
+            (FullWeightSender(sent, session), staged),
+        ]
+        for turn in range(3):
+            for sender, receiver in ways:
+                for tensor in sent.values():
+                    tensor.add_(1.0)
+                verified = sender is not ways[1][0]
+                assert Round(sender.sync, [receiver]).sent.verified == verified
+                assert all(torch.equal(live[name], tensor) for name, tensor in sent.items())
+            assert told == [turn == 0, False, turn == 0], turn
+            told.clear()
+
+
+def test_what_is_told_of_many_senders_is_bounded_and_told_again():
+    told = Told()
+    kept = [Kept() for _ in range(200)]
+    assert all(told.note(number, "d", held) for number, held in enumerate(kept))
+    assert told.note(0, "d", kept[0])
+    assert not told.note(199, "d", kept[199])
+    assert len(told._told) <= 64
+    del kept
+    gc.collect()
+    assert not len(told._told)
 
 
 def test_a_failure_of_one_receiver_says_nothing_of_another():
