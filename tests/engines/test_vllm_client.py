@@ -248,7 +248,7 @@ def test_an_engine_that_hangs_while_a_late_pause_is_undone_meets_the_deadline(se
     idle.set()
     eventually(lambda: server.came.count("wake_up") > resuming)
     begin = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match="isn't resumed after"):
+    with pytest.raises(DeadlineExceeded, match="hasn't answered after"):
         updater.update(FullWeightSender(weights(2.0), session))
     assert time.monotonic() - begin < 5
     go_on.set()
@@ -306,6 +306,70 @@ def test_an_update_waits_for_an_engine_that_goes_on_late(server, session):
     updater.update(FullWeightSender(weights(3.0), session))
     assert gone_on == [True]
     assert_holds(server, 3.0)
+
+
+def test_an_answer_that_is_lost_is_waited_for_until_the_engines_are_connected_again(
+    server, session
+):
+    updater = connected(server, session, timeout_s=1.0)
+    never = threading.Event()
+
+    def lost(body):
+        server.paused = False
+        never.wait(20)
+
+    server.refuse["wake_up"] = lost
+    with pytest.raises(DeadlineExceeded, match="resume"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    server.refuse.clear()
+    with pytest.raises(DeadlineExceeded, match=r"hasn't answered after 1 s.*connect\(\) forgets"):
+        updater.update(FullWeightSender(weights(3.0), session))
+    updater.connect()
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert_holds(server, 3.0)
+    assert not server.paused
+    never.set()
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["answers", "refuses while it pauses"])
+def test_an_update_that_waits_in_vain_for_one_engine_leaves_no_other_paused(refuses):
+    with (
+        Session.listen("127.0.0.1:0", receivers=2, device="cpu", settings=QUICK) as session,
+        VllmServer(weights()) as hanging,
+        VllmServer(weights()) as slow,
+    ):
+        engines = [HttpEngine(server.url, timeout_s=30) for server in (hanging, slow)]
+        updater = EngineUpdater(engines, session, timeout_s=1.5)
+        updater.connect()
+        updater.update(FullWeightSender(weights(), session))
+        pausing, idle, go_on = threading.Event(), threading.Event(), threading.Event()
+
+        def pause(body):
+            pausing.set()
+            slow.paused = True
+            idle.wait(20)
+            slow.paused = True
+            pausing.clear()
+
+        def resume(body):
+            if refuses and pausing.is_set():
+                raise RuntimeError("called while pause is still in flight")
+
+        slow.refuse |= {"pause": pause, "wake_up": resume}
+        hanging.refuse["wake_up"] = lambda body: go_on.wait(20)
+        with pytest.raises(DeadlineExceeded, match="pause"):
+            updater.update(FullWeightSender(weights(2.0), session))
+        threading.Timer(0.7, idle.set).start()
+        with pytest.raises(DeadlineExceeded, match="hasn't answered"):
+            updater.update(FullWeightSender(weights(2.0), session))
+        eventually(lambda: idle.is_set() and not slow.paused)
+        go_on.set()
+        hanging.refuse.clear()
+        slow.refuse.clear()
+        updater.update(FullWeightSender(weights(3.0), session))
+        for server in (hanging, slow):
+            assert_holds(server, 3.0)
+            assert not server.paused
 
 
 def test_without_flush_and_pause_the_caller_decides(server, session):

@@ -11,9 +11,10 @@ worth on the device: a sync writes that, already cut for this rank and scaled, a
 copied into the slot that vLLM has given to the adapter, now or whenever it gives it one. vLLM's own
 copy on the host, from which it would fill a slot, is left empty.
 
-An adapter is known by its name; vLLM has a number for it, under which it comes back. A server
-unloads one without a word to the workers, and the next one of that name has another number: where
-that comes from files, what the one before has received is given up.
+An adapter is known by its name; vLLM has numbers for it, under which it comes back. A server
+unloads one without a word to the workers, and the next one of that name has another number. All
+numbers without files are the name's one adapter, whatever else comes. A number of files takes part
+from the next sync on, until files under another number take its place.
 
 What vLLM has cached of earlier prompts (its prefix cache) is keyed by the adapter's name, not by
 its weights, and belongs to the scheduler, which no worker reaches: the trainer's client resets it
@@ -23,7 +24,7 @@ after a sync, or makes a new name or path for each version.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -159,15 +160,77 @@ def _empty_model(adapter_id: int) -> Any:
     return models.LoRAModel(adapter_id, 1, {SCHEME: nothing})
 
 
+class _Numbers:
+    """vLLM's numbers for the adapter of one name."""
+
+    def __init__(self) -> None:
+        self.without_files: list[int] = []
+        self._of_files: list[int] = []
+        # Of those with files what a sync has written; it isn't read from its files any more.
+        self._written: set[int] = set()
+        # Those whose place other files have taken. Requests that have waited since may still bring
+        # them back, with their own files.
+        self._old: list[int] = []
+
+    @property
+    def current(self) -> list[int]:
+        """All that the next sync writes."""
+        return [*self.without_files, *self._of_files]
+
+    @property
+    def synced(self) -> list[int]:
+        """All that have what was received last."""
+        return [*self.without_files, *(n for n in self._of_files if n in self._written)]
+
+    def all_synced(self) -> list[int]:
+        """A sync is written to all that are current, which are returned."""
+        self._written.update(self._of_files)
+        return self.current
+
+    def known(self, number: int, *, from_disk: bool) -> bool:
+        """Whether it has come before, in that way."""
+        if from_disk:
+            return number in self
+        return number in self.without_files
+
+    def add(self, number: int, registered: Container[int], *, from_disk: bool) -> None:
+        """Take a new one, of whichever way.
+
+        Args:
+            number: the adapter's, which isn't known in that way.
+            registered: those that vLLM has at present: no other one is given up when there are too
+                many.
+            from_disk: whether it has files.
+        """
+        self.drop(number)
+        if from_disk:
+            self._old += self._of_files
+            self._of_files = [number]
+            self._written.clear()
+        else:
+            self.without_files.append(number)
+        for numbers in (self.without_files, self._old):
+            gone = (n for n in list(numbers[:-1]) if n not in registered)
+            while len(numbers) > _KEPT_IDS and (first := next(gone, None)) is not None:
+                numbers.remove(first)
+
+    def drop(self, number: int) -> None:
+        """It isn't this name's any more."""
+        for numbers in (self.without_files, self._of_files, self._old):
+            if number in numbers:
+                numbers.remove(number)
+        self._written.discard(number)
+
+    def __contains__(self, number: int) -> bool:
+        return any(number in n for n in (self.without_files, self._of_files, self._old))
+
+
 class _EngineAdapters:
-    """The adapters of one of vLLM's LoRA managers: ids by name, and those that are synced."""
+    """The adapters of one of vLLM's LoRA managers: numbers by name, and those that are synced."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        # All of which are the adapter; and those that files loaded under another id have taken the
-        # name from, which requests that have waited since may still bring back.
-        self._ids: dict[str, list[int]] = {}
-        self._old: dict[str, list[int]] = {}
+        self._numbers: dict[str, _Numbers] = {}
         self._live: dict[str, LiveAdapter] = {}
         self._targets: dict[str, StagedTarget] = {}
         self.receivers: dict[str, WeightReceiver] = {}
@@ -181,22 +244,21 @@ class _EngineAdapters:
         return found
 
     def is_received(self, name: str, adapter_id: int) -> bool:
-        return adapter_id in self._ids.get(name, ()) and self._received(name)
+        numbers = self._numbers.get(name)
+        return numbers is not None and adapter_id in numbers.synced and self._received(name)
 
     def created(self, name: str, adapter_id: int, *, from_disk: bool) -> None:
         """vLLM has loaded an adapter. Its id may be new, and may have been another one's."""
         for other in self._named(adapter_id):
             if other != name:
                 self._drop(other, adapter_id)
-        ids, old = self._ids.setdefault(name, []), self._old.setdefault(name, [])
-        if adapter_id in ids or adapter_id in old:
+        numbers = self._numbers.setdefault(name, _Numbers())
+        if numbers.known(adapter_id, from_disk=from_disk):
             return
-        if from_disk:
+        if from_disk and not numbers.without_files:
+            # Another adapter than what was received.
             self._forget(name)
-            old += ids
-            ids.clear()
-        ids.append(adapter_id)
-        del ids[:-_KEPT_IDS], old[:-_KEPT_IDS]
+        numbers.add(adapter_id, self._manager.list_adapters(), from_disk=from_disk)
 
     def removed(self, adapter_id: int) -> None:
         for name in self._named(adapter_id):
@@ -204,14 +266,14 @@ class _EngineAdapters:
 
     def activated(self, adapter_id: int) -> None:
         for name in self._named(adapter_id):
-            if self._received(name):
+            if self.is_received(name, adapter_id):
                 self._live[name].fill(self._slot(adapter_id))
 
     def committed(self, live: LiveAdapter) -> None:
         """Bring what was received to where vLLM has the adapter now."""
         if self._live.get(live.name) is not live:
             return
-        for adapter_id in self._ids[live.name]:
+        for adapter_id in self._numbers[live.name].all_synced():
             slot = self._slot(adapter_id)
             registered = self._manager.list_adapters().get(adapter_id)
             if registered is not None and registered.loras:
@@ -225,12 +287,12 @@ class _EngineAdapters:
     def fill_again(self) -> None:
         """Bring every adapter that was received to where vLLM has it, whatever is there."""
         for name, live in self._live.items():
-            for adapter_id in self._ids.get(name, ()) if live.received else ():
+            for adapter_id in self._numbers[name].synced if live.received else ():
                 live.fill(self._slot(adapter_id))
 
     def target(self, name: str, device: torch.device) -> StagedTarget:
-        if name not in self._ids:
-            known = ", ".join(map(repr, self._ids)) or "none"
+        if name not in self._numbers:
+            known = ", ".join(map(repr, self._numbers)) or "none"
             raise ArgumentError(
                 f"the engine has no adapter {name!r}; it has {known}: create it once, as by "
                 f"LoRARequest({name!r}, 1, lora_path={SCHEME + name!r})"
@@ -242,17 +304,18 @@ class _EngineAdapters:
         return self._targets[name]
 
     def _named(self, adapter_id: int) -> list[str]:
-        return [name for name, ids in self._ids.items() if adapter_id in ids]
+        return [name for name, numbers in self._numbers.items() if adapter_id in numbers]
 
     def _received(self, name: str) -> bool:
         return name in self._live and self._live[name].received
 
     def _drop(self, name: str, adapter_id: int) -> None:
         """The id isn't this name's any more; without any there is no adapter of the name."""
-        self._ids[name].remove(adapter_id)
-        if not self._ids[name]:
-            del self._ids[name]
-            self._old.pop(name, None)
+        numbers = self._numbers[name]
+        numbers.drop(adapter_id)
+        if not numbers.current:
+            del self._numbers[name]
+        if not numbers.synced:
             self._forget(name)
 
     def _forget(self, name: str) -> None:

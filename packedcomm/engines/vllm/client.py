@@ -148,6 +148,8 @@ class EngineUpdater:
         if (failure := calls.failure) is not None:
             raise failure
         session.replace_lost()
+        # Of engines as they were before.
+        self._pauses.resuming.clear()
         return len(session.members.present)
 
     def update(

@@ -56,6 +56,8 @@ class Pauses:
         self.relied_on: UpdateSteps | None = None
         self.resuming: list[Calls] = []
         """Those of earlier updates that haven't come to their end yet, and of the last one."""
+        self.in_doubt: list[Any] = []
+        """Engines that have been told to pause, and that nobody knows whether they do."""
 
 
 class UpdateSteps:
@@ -79,8 +81,6 @@ class UpdateSteps:
         self._active: set[int] = set()
         self._sent = False
         self._paused = False
-        # Engines that have been told to pause, and that nobody knows whether they do.
-        self._may_pause: list[Any] = []
         # Engines that take requests meanwhile, whose caches are to be reset.
         self._caching: list[Any] = []
         self.begun = False
@@ -119,31 +119,29 @@ class UpdateSteps:
 
     def _rely_on_pauses(self) -> None:
         pauses, end = self._pauses, time.monotonic() + self._timeout_s
-        late = DeadlineExceeded(
-            f"an engine isn't resumed after {self._timeout_s:.3g} s, which was paused for an "
-            "earlier update"
+        late = (
+            f"an engine hasn't answered after {self._timeout_s:.3g} s that it goes on, which was "
+            "paused for an earlier update"
         )
         if not pauses.lock.acquire(timeout=self._timeout_s):
-            raise late
+            raise DeadlineExceeded(late)
         try:
+            # From here on nobody else undoes what comes late: this update resumes all engines,
+            # whatever comes of it.
+            self._paused = True
             pauses.relied_on = self
         finally:
             pauses.lock.release()
-        try:
-            for calls in pauses.resuming:
-                calls.wait(max(0.0, end - time.monotonic()))
-                if not calls.done:
-                    raise late
-        except BaseException:
-            pauses.relied_on = None
-            raise
-        self._paused = True
+        for calls in pauses.resuming:
+            calls.wait(max(0.0, end - time.monotonic()))
+            if not calls.done:
+                raise DeadlineExceeded(f"{late}; connect() forgets that one is waited for")
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
         try:
             engine.pause(mode, clear_cache=flush)
         except Exception:
-            self._may_pause.append(engine)
+            self._pauses.in_doubt.append(engine)
             raise
         with self._pauses.lock:
             # This update has ended by then. Another one that relies on it resumes the engine.
@@ -232,14 +230,17 @@ class UpdateSteps:
         while True:
             try:
                 engine.resume()
-                return
             except Exception as error:
                 # vLLM refuses it, where data is parallel, until a pause is done that nobody waits
                 # for any more. A later update pauses it again, and then resumes it.
-                may = engine in self._may_pause and self._pauses.relied_on is None
+                may = engine in self._pauses.in_doubt and self._pauses.relied_on is None
                 gone = isinstance(typed(error, "resume"), PeerLost)
                 if gone or not may or time.monotonic() + _AGAIN_S > end:
                     raise
+            else:
+                while engine in self._pauses.in_doubt:
+                    self._pauses.in_doubt.remove(engine)
+                return
             time.sleep(_AGAIN_S)
 
     def clean_up(self, error: BaseException) -> None:
@@ -252,7 +253,7 @@ class UpdateSteps:
             self._all("finish_weight_update", active, lambda e: finish_update(e, None))
         except PackedCommError as second:
             error.add_note(f"and the update could not be ended: {second}")
-        if isinstance(error, DeadlineExceeded) or self._may_pause:
+        if isinstance(error, DeadlineExceeded) or self._pauses.in_doubt:
             self._timeout_s = min(self._timeout_s, _INTERRUPTED_S)
         try:
             # What was computed since is of the old weights, or of some old and some new.

@@ -247,6 +247,37 @@ def test_a_name_without_files_is_one_adapter_under_all_its_numbers(engine, base,
         engine.target(name)
 
 
+def test_files_take_nothing_from_a_name_without_files(engine, base, link, tmp_path):
+    """As when a checkpoint is looked at under the name that is trained."""
+    trainer, name = Trainer(base), "policy94"
+    on_disk = trainer.randomise(17)
+    trainer.model.save_pretrained(tmp_path)
+    mine, looked_at = engine.request(name, 94), engine.request(name, 95, str(tmp_path))
+    sender = LoraSender(trainer.model, link[0])
+    engine.generate(mine)
+    expected = trainer.randomise(18)
+    succeeded(engine.sync(sender, link[1], name))
+    # Each is evicted by the other.
+    for _ in range(2):
+        agree(engine.generate(looked_at), on_disk)
+        agree(engine.generate(mine), expected)
+    remove = engine.llm.llm_engine.remove_lora
+    remove(94)
+    agree(engine.generate(looked_at), on_disk)
+    agree(engine.generate(mine), engine.base)
+    expected = trainer.randomise(19)
+    succeeded(engine.sync(sender, link[1], name))
+    for request in (mine, looked_at):
+        agree(engine.generate(request), expected)
+    remove(95)
+    agree(engine.generate(looked_at), on_disk)
+    agree(engine.generate(mine), expected)
+    for number in (94, 95):
+        remove(number)
+    with pytest.raises(ArgumentError, match=f"no adapter '{name}'"):
+        engine.target(name)
+
+
 def test_a_number_of_another_name_is_another_adapter(engine, base, link):
     trainer = Trainer(base)
     mine = engine.request("policy66", 66)

@@ -98,8 +98,9 @@ def test_the_memory_of_an_adapter_is_given_back_when_files_take_its_name(tmp_pat
     try:
         before = alive()
         with trainer_of(engine.llm) as (session, updater):
-            calls.add_lora(engine.request("policy", 1))
+            calls.add_lora(engine.request("policy", 1, str(tmp_path / "adapter")))
             updater.update(LoraSender(trainer.model, session), adapter="policy")
+            assert alive() != before
             calls.add_lora(engine.request("policy", 2, str(tmp_path / "adapter")))
             assert alive() == before
     finally:
