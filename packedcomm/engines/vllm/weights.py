@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ _MOST_CHECKED = 64
 # What has come over a manifest's constants if nobody knows.
 _ANYTHING = ""
 
+Rename = Callable[[str], str]
+
 # Above this share of the bytes the loader gets everything: what it is given needs memory aside.
 _MOST_BY_LOADER = 0.25
 
@@ -46,7 +48,8 @@ class ModelWeights:
         model: the engine's model.
         model_config, vllm_config: the engine's configurations.
         device: where its parameters are.
-        rename: from names as they are sent to names that the loader knows.
+        renames: ways from names as they are sent to names that the loader may know, of which the
+            first one counts that it takes; None is no change.
         lender: another model, whose modules this one uses too, as a draft model may those of the
             model that it is for; nothing need be sent for them.
     """
@@ -58,13 +61,13 @@ class ModelWeights:
         vllm_config: Any,
         device: torch.device,
         *,
-        rename: Callable[[str], str] | None = None,
+        renames: Sequence[Rename | None] = (None,),
         lender: torch.nn.Module | None = None,
     ) -> None:
         self._model = model
         self._configs = (model_config, vllm_config)
         self._device = device
-        self._rename = rename
+        self._renames = renames
         self._lender = lender
         self._recordings: dict[str, Recording] = {}
         self._targets: dict[str, RecordedTarget] = {}
@@ -72,10 +75,11 @@ class ModelWeights:
         # By manifest: the others that came since it is known that all of its constants are in
         # place, or _ANYTHING.
         self._since: dict[str, set[str]] = {}
-        # By manifest and `partial`: why its loader can't be tried.
-        self._checked: dict[tuple[str, bool], str] = {}
+        # By manifest and `partial`: why its loader can't be tried, and which names it knows.
+        self._checked: dict[tuple[str, bool], tuple[str, Rename | None]] = {}
         self._checked_layout: dict[str, Any] | None = None
         self._untried = ""
+        self._rename = renames[0]
         # What is being received.
         self._present = ""
         self._reload: Reload | None = None
@@ -235,14 +239,27 @@ class ModelWeights:
                 del self._checked[next(iter(self._checked))]
             if self._checked_layout is None:
                 self._checked_layout = self._layout()
-            self._checked[key] = self.reload().check(described, partial=self.partial)
-            if self._checked[key]:
+            untried = self._try_names(described)
+            self._checked[key] = untried, self._rename
+            if untried:
                 logger.warning(
                     "the engine's loader can't be tried, so nobody sees whether parameters are "
                     "missing: %s",
-                    self._checked[key],
+                    untried,
                 )
-        self._untried = self._checked[key]
+        self._untried, self._rename = self._checked[key]
+
+    def _try_names(self, described: list[tuple[str, torch.Tensor]]) -> str:
+        """Find out which names the loader knows; returns why it can't be tried, if it can't."""
+        refused: ManifestError | None = None
+        for self._rename in self._renames:
+            try:
+                return self.reload().check(described, partial=self.partial)
+            except ManifestError as error:
+                # What it is called by the trainer is in the first one.
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
     def _replayable(self, manifest: Manifest, recording: Recording) -> bool:
         if "" in recording.reasons:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -201,7 +201,7 @@ class PackedCommEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self.model_config,
                 self.vllm_config,
                 self.device,
-                rename=wrapped_names(self.model),
+                renames=wrapped_names(self.model),
                 lender=None if self.model is self._main_model else self._main_model,
             )
         return found
@@ -280,16 +280,14 @@ def _check_awake() -> None:
         raise SessionStateError("the engine is asleep: wake its weights up before an update")
 
 
-def wrapped_names(model: torch.nn.Module) -> Callable[[str], str] | None:
-    """How a checkpoint's names change where LoRA wraps layers that don't forward their loader, as
-    up to vLLM 0.27."""
+def wrapped_names(model: torch.nn.Module) -> Sequence[Callable[[str], str] | None]:
+    """How a checkpoint's names may have changed where LoRA wraps layers: up to vLLM 0.27 these
+    don't forward their loader, and since then some models' loaders don't ask them to."""
     manager = getattr(model, "lora_manager", None)
     if manager is None:
-        return None
+        return (None,)
     from vllm.lora.layers import BaseLayerWithLoRA
 
-    if hasattr(BaseLayerWithLoRA, "load_weights"):
-        return None
     wrapped: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):
@@ -302,4 +300,4 @@ def wrapped_names(model: torch.nn.Module) -> Callable[[str], str] | None:
         module, _, parameter = name.rpartition(".")
         return f"{module}.base_layer.{parameter}" if module in wrapped else name
 
-    return rename
+    return (None, rename) if hasattr(BaseLayerWithLoRA, "load_weights") else (rename,)
