@@ -20,9 +20,10 @@ _EXPERT_SLICES = ("gate", "up", "down")
 
 _PARTS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}
 
-Division = Literal["halves", "unknown"]
-"""How ranks divide the outputs of one pair for several projections: "halves" if each rank holds its
-piece of the first half and its piece of the second, "unknown" if that can't be told."""
+Division = Literal["whole", "halves", "unknown"]
+"""How ranks divide the outputs of one pair: "whole" if they are of one projection, "halves" if each
+rank holds its piece of the first half and its piece of the second, "unknown" if they are of several
+projections and that can't be told."""
 
 _DIVISIONS: dict[str, Division] = {"gate_up_proj": "halves"}
 _DIVISIONS |= dict.fromkeys(UNDIVIDED, "unknown")
@@ -92,8 +93,10 @@ class SlotPlace:
 
 
 def division_of(module: str, shapes: SlotShapes) -> Division | None:
-    """How ranks divide the outputs of an engine's module; None for one projection in each slice."""
-    return shapes.division or _DIVISIONS.get(module.rpartition(".")[2])
+    """How ranks divide the outputs of an engine's module; None for several slices."""
+    if len(shapes.a) > 1:
+        return None
+    return shapes.division or _DIVISIONS.get(module.rpartition(".")[2], "whole")
 
 
 def slot_places(

@@ -39,10 +39,10 @@ class LoraSlots:
         b: for each slice `[max_loras, 1, outputs, R]`, likewise. `qkv_proj` has three slices,
             `gate_up_proj` two, plain layers one; experts have gate, up and down (w13's two,
             then w2's), or gate and up in one and down.
-        division: for a module of one slice that one pair adapts, though it holds several
-            projections: "halves" where each rank holds its piece of the first half of the outputs,
-            then its piece of the second; "unknown" where ranks divide them in another way, which
-            can't be written here. None to tell it from the module's name.
+        division: of a module of one slice: "whole" if it holds one projection; else "halves" where
+            each rank holds its piece of the first half of the outputs, then its piece of the
+            second, or "unknown" where ranks divide them in another way, which can't be written
+            here. None to tell it from the module's name.
 
     Raises:
         LayoutError: a tensor hasn't four dimensions, slices or slots of A and B differ, or a

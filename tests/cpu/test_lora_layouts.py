@@ -158,9 +158,12 @@ def test_slots_that_contradict_themselves_take_nothing():
         ("in_proj", "halves", [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
         ("dense_h_to_4h", "halves", [("[4:6, 0:8]", 0), ("[10:12, 0:8]", 2)]),
         ("dense_h_to_4h", None, [("[8:12, 0:8]", 0)]),
+        # Whatever others call by the name.
+        ("linear_fc1", "whole", [("[8:12, 0:8]", 0)]),
+        ("gate_up_proj", "whole", [("[8:12, 0:8]", 0)]),
     ],
 )
-def test_a_pair_for_two_projections_is_divided_in_each_of_its_halves(module, division, pieces):
+def test_the_outputs_of_a_pair_are_divided_as_the_module_says(module, division, pieces):
     modules = {module: SlotShapes(((1, 8, 6),), ((1, 4, 8),), division)}
     layout = lora_layout(modules, shapes_of(module, 8, 6, 12), LoraGeometry(2, 3), UNSCALED)
     found = [(str(p.box), p.at[1]) for p in layout.pieces if "lora_B" in p.tensor]

@@ -293,6 +293,13 @@ def test_constants_are_not_held_in_other_tensors(other):
     assert not constants.held_in(other)
 
 
+def test_constants_are_not_held_in_memory_that_was_emptied():
+    live = {"s": torch.ones(4)}
+    constants = Constants({"s": [(0, 1)]}, live)
+    live["s"].untyped_storage().resize_(0)
+    assert not constants.held_in(live)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
 def test_constants_of_every_dtype_in_scalars_and_views(dtype):
     base = torch.ones(3, 4).to(dtype)

@@ -33,7 +33,7 @@ class QKVParallelLinearWithShardedLoRA(QKVParallelLinearWithLoRA):
 @pytest.mark.parametrize(
     ("layer", "division"),
     [
-        (ColumnParallelLinearWithLoRA(8, merged=False), None),
+        (ColumnParallelLinearWithLoRA(8, merged=False), "whole"),
         (ColumnParallelLinearWithLoRA(4, 4), "halves"),
         (ColumnParallelLinearWithShardedLoRA(4, 4), "halves"),
         (ColumnParallelLinearWithLoRA(4, 4, slices=2), None),

@@ -60,4 +60,6 @@ class Constants:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return (tensor.shape, tensor.stride(), tensor.dtype)
+    # Some builds empty a tensor's memory and leave the tensor.
+    nbytes = tensor.untyped_storage().nbytes()
+    return (tensor.shape, tensor.stride(), tensor.dtype, nbytes)

@@ -89,13 +89,13 @@ def engine_names(model: Any) -> Callable[[str], str] | None:
     return rename
 
 
-def _division(layer: Any) -> Division | None:
+def _division(layer: Any) -> Division:
     """How ranks divide the outputs of a layer of one slice. vLLM goes by the kind of the layer, as
     modules of one name are made of one projection in some models and of two in others."""
     if "QKVParallelLinearWithLoRA" in _kinds(layer):
         return "unknown"
     if not getattr(layer, "is_merged_col_linear", False):
-        return None
+        return "whole"
     sizes = layer.base_layer.output_sizes
     # vLLM's loader cuts whatever is merged into halves, which suits two equal parts only.
     return "halves" if len(sizes) == 2 and sizes[0] == sizes[1] else "unknown"
