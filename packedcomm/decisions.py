@@ -61,6 +61,11 @@ class Decisions:
         """Whether this receiver has voted for a sync, and hasn't heard what was decided."""
         return self._doubt is not None and self._doubt.is_of(decided)
 
+    def has_committed(self, number: int) -> bool:
+        """Whether what is held is of that sync of the session."""
+        held = self.holding
+        return (held.epoch, held.number) == (self._session.epoch, number) and not held.torn
+
     def forget_doubt(self) -> None:
         """The sender has begun something else, so it hasn't decided what is in doubt."""
         self._doubt = None
@@ -83,11 +88,12 @@ class Decisions:
     def confirm(self, message: NoChange) -> None:
         """Give the weights that are held another version."""
         held = self.holding
-        if held.torn or held.version != message.since:
+        if not self.has_committed(message.since_number) or held.version != message.since:
             version = None if held.torn else held.version
+            other = " of another sync" if version == message.since else ""
             raise SessionStateError(
                 f"version {message.version} has the weights of version {message.since}, but this "
-                f"receiver is {held.state} at version {version}"
+                f"receiver is {held.state} at version {version}{other}"
             )
         self.vote(Vote(self._session.epoch, message.number, message.version), Ready())
 

@@ -97,6 +97,8 @@ class Following:
         self.decisions = Decisions(session)
         # What was held when data began to move.
         self._held_before = self.decisions.holding
+        self.under_way = False
+        """Whether a sync is. Any thread may look."""
 
     def attach(self, session: ReceiverSession) -> int | None:
         """Go on in another session.
@@ -117,6 +119,7 @@ class Following:
         """
         session, decisions = self._session, self.decisions
         decisions.sender_knows = False
+        self.under_way = True
         try:
             if isinstance(message, Commit):
                 return Update(decisions.commit_in_doubt().version)
@@ -127,7 +130,10 @@ class Following:
             received = self._receive(message)
         except BaseException as error:
             cause = self._cause(error)
-            if not decisions.sender_knows:
+            # Who was interrupted when all had been said has no more to say: it would be taken for
+            # the answer to the next question.
+            answered = decisions.has_committed(message.number) and not session.owes
+            if not (decisions.sender_knows or answered):
                 session.fail(cause or error)
             session.record_failure(cause or error)
             try:
@@ -144,6 +150,8 @@ class Following:
             if cause is not None and cause is not error:
                 raise cause from cause.__cause__ or error
             raise
+        finally:
+            self.under_way = False
         # The sender has heard that it is committed.
         return self._counted(message, *received)
 

@@ -113,6 +113,9 @@ class Holding:
     epoch: str = ""
     """Of the session that it was committed in."""
 
+    number: int = 0
+    """Of the sync in its epoch."""
+
     update_count: int = 0
     last_update_time: float | None = None
 
@@ -173,4 +176,11 @@ class Holding:
             written = _ranges(lambda: [*memory(), *zeroed()])
             left = [part.without(vote.writing.manifest, written) for part in torn]
             torn = tuple(part for part in left if part is not None)
-        return Holding(vote.version, vote.epoch, self.update_count + 1, time.time(), None, torn)
+        return Holding(
+            committed=vote.version,
+            epoch=vote.epoch,
+            number=vote.number,
+            update_count=self.update_count + 1,
+            last_update_time=time.time(),
+            torn_before=torn,
+        )

@@ -54,6 +54,7 @@ class Digests:
             numbers.setdefault(region, len(numbers))
         self.computed = RegionDigests(manifest, list(numbers))
         self._manifest = manifest
+        self.digest = manifest.digest
         self.tensors = len(manifest)
         self._by_receiver = [
             torch.tensor([numbers[region] for region in regions], dtype=torch.int64)
@@ -87,7 +88,7 @@ class Leading:
         self._session = session
         self._verify = verify
         self._statistics = statistics
-        # By which the session knows whose the last sync was, and receivers whom they have told.
+        # By which receivers know whom they have told.
         self._sender = session.next_sender()
         self._generation = 0
         self._held: dict[str, list[tuple[Region, ...]]] = {}
@@ -96,6 +97,8 @@ class Leading:
         self._digest_plan: Digests | None = None
         self._votes: list[Staged] = []
         self._number = 0
+        # Of the last sync that all have committed.
+        self._committed = 0
         self._nbytes = 0
         self._at_once = False
         # Whether a sync is under way that receivers may know of; whether they may be waiting for
@@ -155,12 +158,11 @@ class Leading:
             if not known:
                 offer = replace(offer, manifest=manifest.to_json())
             try:
-                replies = self._replies(offer, manifest)
+                self._remember(digest, self._replies(offer, manifest))
             except BaseException:
                 # Some may have told their regions again, and think that this end knows them.
                 self._held.pop(digest, None)
                 raise
-            self._remember(digest, replies)
             self._digest_plan = self._planned_digests(snapshot) if digest in self._held else None
             session.phases.enter(SyncState.AGREED)
 
@@ -277,7 +279,12 @@ class Leading:
                         seconds[stage] = max(seconds.get(stage, 0.0), spent)
             if digests is None or found is None:
                 return None
-            digests.compare(found, self._votes)
+            try:
+                digests.compare(found, self._votes)
+            except PackedCommError:
+                # If it is what is held that this end is wrong about, the next sync must mend that.
+                self._held.pop(digests.digest, None)
+                raise
             return found[: digests.tensors]
 
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
@@ -290,6 +297,7 @@ class Leading:
             self.decided_version = version
             try:
                 # Decided: a receiver that is lost now learns it when it comes back.
+                session.committed_number = 0
                 session.decided = self._number
                 session.tell(Commit(version, self._number))
             except BaseException:
@@ -306,7 +314,7 @@ class Leading:
                     )
             session.phases.enter(SyncState.COMMITTED)
             session.committed_generation = session.generation
-            session.committed_by = self._sender
+            session.committed_number = self._committed = self._number
             self._under_way = False
         return combined_changes([vote.changes for vote in self._votes])
 
@@ -325,12 +333,12 @@ class Leading:
         self._session.wait()
         if self._session.generation != self._session.committed_generation:
             raise SessionStateError("no_change: receivers have come or gone since the last sync")
-        if self._session.committed_by != self._sender:
+        if self._session.committed_number != self._committed:
             raise SessionStateError("no_change: another sender of this session has synced since")
         with self.failing():
             self._begin(0)
             self._votes = []
-            self._session.ask(NoChange(version, since, self._number), Ready)
+            self._session.ask(NoChange(version, since, self._number, self._committed), Ready)
             self.commit(version, {})
 
     def _wait(self) -> None:

@@ -191,7 +191,7 @@ class WeightReceiver:
             if not connected and state not in AT_END:
                 state = SyncState.FAILED
             holding = self._holding
-            if state in AT_REST:
+            if state in AT_REST or not (state in AT_END or self._following.under_way):
                 # The session's may be of another receiver that uses it.
                 state = holding.state
             torn = holding.torn and state in AT_REST | AT_END

@@ -286,6 +286,9 @@ class NoChange(Message):
     number: Count = 0
     """As an offer's: it is decided and committed as a sync is."""
 
+    since_number: Count = 0
+    """Number of the sync that was committed as that version; other senders may have equal ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staged(Message):

@@ -77,8 +77,8 @@ class SenderSession(Dialogue):
         """Number of the last sync that was decided to be committed."""
         self.committed_generation = 0
         """Generation of the communicator over which the last sync was committed."""
-        self.committed_by = 0
-        """Whose that sync was, as `next_sender` has numbered them."""
+        self.committed_number = 0
+        """Number of that sync; 0 while it isn't known what all receivers have."""
         self._first = receivers
         # Whether there has been a communicator of all that were waited for.
         self._begun = False
@@ -205,10 +205,13 @@ class SenderSession(Dialogue):
                 raise self._given_up
             now = time.monotonic()
             if now >= deadline:
-                others = ", and others were refused, which have another secret or none"
+                others = ""
+                if self._channel.has_refused:
+                    others = ", and others were refused, which have another secret or none"
+                self._channel.has_refused = False
                 raise RendezvousTimeout(
                     f"{len(self.members.present)} of {wanted} receivers came to {self.address} "
-                    f"within {now - begin:.3g} s{others if self._channel.has_refused else ''}"
+                    f"within {now - begin:.3g} s{others}"
                 )
             self._pump(deadline - now)
             # Before the first sync nobody is missed: it may come again, or another in its place.

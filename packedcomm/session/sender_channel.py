@@ -230,7 +230,10 @@ class SenderChannel(Channel):
     def _take(self) -> None:
         receive, taken = self._socket.recv, self._taken
         sources = []
-        while taken or (len(self.received) < BATCH and self._socket.getsockopt(EVENTS) & READABLE):
+        dropped = 0
+        while taken or (
+            len(self.received) + dropped < BATCH and self._socket.getsockopt(EVENTS) & READABLE
+        ):
             if self._skipping and not self._skip(receive):
                 break  # others want the channel, too
             try:
@@ -248,8 +251,10 @@ class SenderChannel(Channel):
                 self._note_events()
             if source in self._cut_off:
                 # It had spoken already. An answer might still reach it, and it would take itself
-                # for a member: it comes again instead.
+                # for a member: it comes again instead. Some send on and on, until `excessive` finds
+                # them: others want the channel, too.
                 taken.popleft()
+                dropped += 1
                 continue
             sources.append(source)
             self.received.extend(map(deque.popleft, (taken,)))

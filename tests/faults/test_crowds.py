@@ -19,6 +19,7 @@ from packedcomm.descriptors import check_descriptors
 from packedcomm.errors import PeerLost
 from packedcomm.session import sender_channel
 from packedcomm.session.authentication import Keys
+from packedcomm.session.channel import BATCH
 from packedcomm.session.receiver_channel import ReceiverChannel
 from packedcomm.session.sender_channel import SenderChannel, _cut
 from packedcomm.settings import DEFAULTS, Settings
@@ -86,6 +87,38 @@ def test_what_is_said_before_the_end_of_a_connection_that_was_cut_is_not_heard(m
     finally:
         for end in ends:
             end.close()
+
+
+def test_one_that_was_cut_and_sends_on_and_on_holds_the_channel_for_little(monkeypatch):
+    # As a peer that ZeroMQ still reads from, since a cut doesn't stop whoever sends.
+    monkeypatch.setattr(sender_channel, "_cut", lambda *_: True)
+    channel = SenderChannel("127.0.0.1:0", None, Settings(max_pending_connections=1))
+    context = zmq.Context()
+    strangers = []
+    try:
+        for cut in (0, 1):
+            stranger = context.socket(zmq.DEALER)
+            strangers.append(stranger)
+            stranger.setsockopt(zmq.SNDHWM, 0)
+            stranger.connect(f"tcp://{channel.address}")
+            eventually(lambda cut=cut: (len(channel._cut_off), channel.pending) == (cut, 1))
+        for _ in range(20_000):
+            strangers[0].send(b"x")
+        taken, checked = [0], channel._checked
+
+        def counting():
+            taken[-1] += 1
+            return checked()
+
+        monkeypatch.setattr(channel, "_checked", counting)
+        eventually(lambda: channel.wait(0.05, ()) or taken.append(0) or sum(taken) == 20_000)
+        assert max(taken) <= BATCH
+        assert not channel.received
+    finally:
+        for stranger in strangers:
+            stranger.close(0)
+        context.term()
+        channel.close()
 
 
 # Connects so many times to a port, in a process of its own; ends when its input does.

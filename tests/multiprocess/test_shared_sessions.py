@@ -6,15 +6,24 @@ import dataclasses
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from packedcomm import FullWeightSender, Session, StagedTarget, TensorTarget, WeightReceiver
 from packedcomm.copying import Part
-from packedcomm.errors import DeadlineExceeded, RemoteError
+from packedcomm.errors import (
+    DeadlineExceeded,
+    IntegrityError,
+    ProtocolError,
+    RemoteError,
+    SessionStateError,
+)
+from packedcomm.results import SyncResult
 from packedcomm.session import ReceiverSession
-from packedcomm.session.messages import Commit, Ready
+from packedcomm.session.messages import Commit, Committed, Ready
 from packedcomm.session.told import Told
 from tests.helpers.in_process import Round, sessions
 from tests.helpers.peers import eventually
@@ -119,6 +128,126 @@ def test_regions_are_told_once_to_each_sender(monkeypatch):
                 assert all(torch.equal(live[name], tensor) for name, tensor in sent.items())
             assert told == [turn == 0, False, turn == 0], turn
             told.clear()
+
+
+@pytest.mark.parametrize("wrong", ["interrupted", "mistaken"])
+def test_a_sender_that_is_wrong_about_what_is_held_learns_it(monkeypatch, wrong):
+    with sessions(1) as (session, (end,)):
+        sent = weights(0.0)
+        live = {name: torch.zeros_like(tensor) for name, tensor in sent.items()}
+        rows = WeightReceiver(Rows({name: t[:2] for name, t in live.items()}, 0), end)
+        whole = WeightReceiver(TensorTarget(live), end)
+        sender = FullWeightSender(sent, session, verify=True)
+        sync = partial(Round, sender.sync)
+        for receiver in (whole, rows):
+            sent["a.weight"].add_(1.0)
+            assert sync([receiver]).sent.verified
+        sent["a.weight"].add_(1.0)
+        if wrong == "interrupted":
+            # As over NCCL, where a communicator isn't given up for it.
+            monkeypatch.setattr(session, "_transport", "nccl")
+
+            def interrupted(*_):
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patched:
+                patched.setattr(sender._leading, "_remember", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    sync([whole])
+        else:
+            assert sync([whole]).sent.verified
+            ((digest, (regions,)),) = sender._leading._held.items()
+            sender._leading._held[digest] = [regions[:1]]
+            sent["a.weight"].add_(1.0)
+            failed = sync([whole])
+            assert isinstance(failed.sent, (IntegrityError, ProtocolError)), failed.sent
+        for _ in range(2):
+            sent["a.weight"].add_(1.0)
+            outcome = sync([whole])
+            assert outcome.sent.verified, outcome.received
+            assert all(torch.equal(live[name], tensor) for name, tensor in sent.items())
+
+
+def test_a_version_without_data_is_of_one_senders_weights():
+    hasty = dataclasses.replace(QUICK, commit_timeout_s=0.5)
+    with sessions(1, hasty) as (session, (end,)):
+        live = weights(0.0)
+        late = threading.Event()
+
+        class Slow(TensorTarget):
+            def commit(self, manifest):
+                if late.is_set():
+                    time.sleep(1.5)
+                super().commit(manifest)
+
+        receiver = WeightReceiver(StagedTarget(Slow(live)), end)
+        policy, average = (FullWeightSender(weights(value), session) for value in (1.0, 2.0))
+        assert Round(policy.sync, [receiver]).sent.version == 0
+        late.set()
+        assert isinstance(Round(average.sync, [receiver]).sent, DeadlineExceeded)
+        eventually(lambda: receiver.status().update_count == 2)
+        assert holds(live, 2.0)
+        with pytest.raises(SessionStateError, match="another sender"):
+            policy.no_change()
+        assert (receiver.status().version, policy.version) == (0, 0)
+
+
+def test_a_version_without_data_is_for_those_who_hold_its_weights():
+    with sessions(1) as (session, (end,)):
+        models = [{name: torch.zeros(4)} for name in ("model", "draft")]
+        receivers = [WeightReceiver(TensorTarget(tensors), end) for tensors in models]
+        senders = [FullWeightSender({name: torch.ones(4)}, session) for name in ("model", "draft")]
+        for sender, receiver in zip(senders, receivers, strict=True):
+            assert Round(sender.sync, [receiver]).sent.version == 0
+        outcome = Round(senders[1].no_change, receivers[:1])
+        assert isinstance(outcome.sent, RemoteError), outcome.sent
+        assert "at version 0 of another sync" in str(outcome.sent)
+        assert [receiver.status().version for receiver in receivers] == [0, 0]
+
+
+def test_states_are_not_those_of_another_receiver_that_is_busy():
+    with sessions(1) as (session, (end,)):
+        begun, go_on = threading.Event(), threading.Event()
+
+        def take(version, items):
+            begun.set()
+            assert go_on.wait(20)
+
+        idle, busy = WeightReceiver(TensorTarget(weights(0.0)), end), WeightReceiver(take, end)
+        assert Round(FullWeightSender(weights(1.0), session).sync, [idle]).sent.version == 0
+        other = FullWeightSender({"d": torch.ones(3)}, session)
+        thread = threading.Thread(target=lambda: Round(other.sync, [busy]))
+        thread.start()
+        assert begun.wait(20)
+        assert (idle.status().state, busy.status().state) == ("committed", "moving")
+        go_on.set()
+        thread.join(30)
+        assert [r.status().state for r in (idle, busy)] == ["committed", "committed"]
+
+
+def test_an_interrupt_after_the_last_word_of_a_sync_is_none_of_the_next(monkeypatch):
+    with sessions(1) as (session, (end,)):
+        live = weights(0.0)
+        receiver = WeightReceiver(TensorTarget(live), end)
+        sender = FullWeightSender(weights(1.0), session)
+        reply = end.reply
+
+        def interrupted(message):
+            reply(message)
+            if isinstance(message, Committed):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(end, "reply", interrupted)
+        with ThreadPoolExecutor(1) as pool:
+            sync = pool.submit(sender.sync)
+            with pytest.raises(KeyboardInterrupt):
+                receiver.receive(20)
+            assert sync.result(20).version == 0
+        assert receiver.status().ready
+        monkeypatch.undo()
+        outcome = Round(sender.sync, [receiver])
+        assert isinstance(outcome.received[0], SyncResult), outcome.received
+        assert outcome.sent.version == 1
 
 
 def test_what_is_told_of_many_senders_is_bounded_and_told_again():

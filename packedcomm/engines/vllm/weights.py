@@ -252,7 +252,8 @@ class ModelWeights:
     def _try_names(self, described: list[tuple[str, torch.Tensor]]) -> str:
         """Find out which names the loader knows; returns why it can't be tried, if it can't."""
         refused: ManifestError | None = None
-        for self._rename in self._renames:
+        for rename in self._renames:
+            self._rename = rename
             try:
                 return self.reload().check(described, partial=self.partial)
             except ManifestError as error:
