@@ -109,8 +109,8 @@ class StreamLane:
 
     def seconds(self) -> float:
         self._timing = False
-        for _, end in self._spans:
-            end.synchronize()
+        if self._spans:
+            self._spans[-1][1].synchronize()
         total: float = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
         self._spans.clear()
         return total

@@ -87,10 +87,8 @@ class Sending:
         self._kept = False
         self._pulled: dict[int, Entry] = {}
         self._pipeline: Pipeline
-        # Broadcasts that may still be under way: one per slot, and two in place.
+        # Broadcasts that may still be under way: one per slot, and one in place.
         self._sent: deque[Mark]
-        # When the tensors of the chunk before have been read.
-        self._read: Mark = None
 
     def run(
         self,
@@ -161,7 +159,7 @@ class Sending:
     ) -> None:
         with PIPELINES.borrow(self._group, device, num_buffers) as pipeline:
             self._pipeline = pipeline
-            self._sent = deque(maxlen=num_buffers + 2)
+            self._sent = deque(maxlen=num_buffers + 1)
             if self._digests is not None:
                 self._digests.begin(pipeline)
             stages = {"pack": pipeline.copy, "wire": pipeline.wire}
@@ -216,11 +214,8 @@ class Sending:
             done = slot.free if plan.moves_in_place else packed
         # On a CPU this is where the caller's thread digests while the broadcast goes on.
         self._digest_rest(plan, ready)
-        # From here on the caller may free or overwrite the tensors. Kept ones stay, so it waits one
-        # chunk behind: a broadcast that waits for the caller needn't wait for the one before it,
-        # which on a GPU would take two events' way, some 30 us, in which nothing is sent.
-        before, self._read = self._read, done
-        caller.wait_for(before if self._kept else done)
+        # From here on the caller may free or overwrite the tensors.
+        caller.wait_for(done)
 
     def _digest_rest(self, plan: ChunkPlan, ready: Mark) -> None:
         """Digest what packing doesn't, behind what filled the tensors."""
