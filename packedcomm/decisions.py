@@ -62,9 +62,9 @@ class Decisions:
         return self._doubt is not None and self._doubt.is_of(decided)
 
     def has_committed(self, number: int) -> bool:
-        """Whether what is held is of that sync of the session."""
+        """Whether that sync of the session was committed here last."""
         held = self.holding
-        return (held.epoch, held.number) == (self._session.epoch, number) and not held.torn
+        return (held.epoch, held.number) == (self._session.epoch, number)
 
     def forget_doubt(self) -> None:
         """The sender has begun something else, so it hasn't decided what is in doubt."""
@@ -88,7 +88,8 @@ class Decisions:
     def confirm(self, message: NoChange) -> None:
         """Give the weights that are held another version."""
         held = self.holding
-        if not self.has_committed(message.since_number) or held.version != message.since:
+        held_now = self.has_committed(message.since_number) and held.version == message.since
+        if held.torn or not held_now:
             version = None if held.torn else held.version
             other = " of another sync" if version == message.since else ""
             raise SessionStateError(

@@ -223,6 +223,7 @@ class FullWeightSender:
             tensors=0,
             bytes=0,
             seconds={"total": time.perf_counter() - begin},
+            receivers=self._session.world_size - 1 if self._session else 0,
         )
 
     def _exclusive(self, operation: str) -> contextlib.AbstractContextManager[None]:

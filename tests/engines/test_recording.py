@@ -298,6 +298,7 @@ def test_constants_are_not_held_in_memory_that_was_emptied():
     constants = Constants({"s": [(0, 1)]}, live)
     live["s"].untyped_storage().resize_(0)
     assert not constants.held_in(live)
+    assert not Constants({"s": [(0, 1)]}, live).held_in(live)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])

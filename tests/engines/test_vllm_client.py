@@ -308,23 +308,26 @@ def test_an_update_waits_for_an_engine_that_goes_on_late(server, session):
     assert_holds(server, 3.0)
 
 
-def test_an_answer_that_is_lost_is_waited_for_until_the_engines_are_connected_again(
-    server, session
-):
-    updater = connected(server, session, timeout_s=1.0)
+def test_no_update_begins_while_an_engine_may_still_be_told_to_go_on(server, session):
+    connected(server, session)
+    updater = EngineUpdater(HttpEngine(server.url, timeout_s=6.0), session, timeout_s=1.0)
     never = threading.Event()
 
     def lost(body):
-        server.paused = False
         never.wait(20)
 
     server.refuse["wake_up"] = lost
     with pytest.raises(DeadlineExceeded, match="resume"):
         updater.update(FullWeightSender(weights(2.0), session))
+    told = server.came.count("wake_up")
+    for _ in range(2):
+        updater.connect()
+        with pytest.raises(DeadlineExceeded, match="hasn't answered after 1 s.*timeout ends that"):
+            updater.update(FullWeightSender(weights(3.0), session))
+    assert server.came.count("wake_up") == told
     server.refuse.clear()
-    with pytest.raises(DeadlineExceeded, match=r"hasn't answered after 1 s.*connect\(\) forgets"):
-        updater.update(FullWeightSender(weights(3.0), session))
-    updater.connect()
+    # When the handle has given the answer up.
+    eventually(lambda: updater._pauses.resuming[0].done)
     updater.update(FullWeightSender(weights(3.0), session))
     assert_holds(server, 3.0)
     assert not server.paused
@@ -370,6 +373,11 @@ def test_an_update_that_waits_in_vain_for_one_engine_leaves_no_other_paused(refu
         for server in (hanging, slow):
             assert_holds(server, 3.0)
             assert not server.paused
+
+
+def test_an_engine_that_is_given_twice_is_refused_at_once(server, session):
+    with pytest.raises(ArgumentError, match="engines 0 and 1 are the same one"):
+        EngineUpdater([HttpEngine(server.url), HttpEngine(server.url + "/")], session)
 
 
 def test_without_flush_and_pause_the_caller_decides(server, session):

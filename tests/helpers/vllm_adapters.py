@@ -36,6 +36,8 @@ os.environ |= {
 
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     LlamaConfig,
@@ -115,6 +117,18 @@ def granite():
         mamba_n_groups=2,
     )
     return GraniteMoeHybridForCausalLM(config).to(TRAINER)
+
+
+def gpt_oss():
+    """One whose loader goes on at names that it doesn't know."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **COMMON,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention", "full_attention"],
+    )
+    return GptOssForCausalLM(config).to(TRAINER)
 
 
 class Trainer:

@@ -225,10 +225,20 @@ def test_states_are_not_those_of_another_receiver_that_is_busy():
         assert [r.status().state for r in (idle, busy)] == ["committed", "committed"]
 
 
-def test_an_interrupt_after_the_last_word_of_a_sync_is_none_of_the_next(monkeypatch):
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interrupt_after_the_last_word_of_a_sync_is_none_of_the_next(monkeypatch, torn):
     with sessions(1) as (session, (end,)):
-        live = weights(0.0)
-        receiver = WeightReceiver(TensorTarget(live), end)
+        failing = torn
+
+        def take(version, items):
+            if failing:
+                raise ZeroDivisionError
+
+        receiver = WeightReceiver(take, end)
+        if torn:
+            failed = Round(FullWeightSender({"other": torch.ones(3)}, session).sync, [receiver])
+            assert isinstance(failed.sent, RemoteError)
+            failing = False
         sender = FullWeightSender(weights(1.0), session)
         reply = end.reply
 
@@ -243,7 +253,7 @@ def test_an_interrupt_after_the_last_word_of_a_sync_is_none_of_the_next(monkeypa
             with pytest.raises(KeyboardInterrupt):
                 receiver.receive(20)
             assert sync.result(20).version == 0
-        assert receiver.status().ready
+        assert receiver.status().ready is not torn
         monkeypatch.undo()
         outcome = Round(sender.sync, [receiver])
         assert isinstance(outcome.received[0], SyncResult), outcome.received

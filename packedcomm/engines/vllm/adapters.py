@@ -24,7 +24,7 @@ after a sync, or makes a new name or path for each version.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -166,8 +166,9 @@ class _Numbers:
     def __init__(self) -> None:
         self.without_files: list[int] = []
         self._of_files: list[int] = []
-        # Of those with files what a sync has written; it isn't read from its files any more.
-        self._written: set[int] = set()
+        # Of those with files what a sync has written: it isn't read from its files any more. With
+        # what vLLM had read, which it gets back when other files take its place.
+        self._written: dict[int, Any] = {}
         # Those whose place other files have taken. Requests that have waited since may still bring
         # them back, with their own files.
         self._old: list[int] = []
@@ -182,10 +183,15 @@ class _Numbers:
         """All that have what was received last."""
         return [*self.without_files, *(n for n in self._of_files if n in self._written)]
 
-    def all_synced(self) -> list[int]:
-        """A sync is written to all that are current, which are returned."""
-        self._written.update(self._of_files)
-        return self.current
+    def written(self, number: int, had_read: Any) -> None:
+        """A sync is written to one of those that are current.
+
+        Args:
+            number: the adapter's.
+            had_read: what vLLM keeps of its files, to write it somewhere; None if nothing.
+        """
+        if number in self._of_files and (had_read or number not in self._written):
+            self._written[number] = had_read
 
     def known(self, number: int, *, from_disk: bool) -> bool:
         """Whether it has come before, in that way."""
@@ -193,7 +199,7 @@ class _Numbers:
             return number in self
         return number in self.without_files
 
-    def add(self, number: int, registered: Container[int], *, from_disk: bool) -> None:
+    def add(self, number: int, registered: Container[int], *, from_disk: bool) -> Mapping[int, Any]:
         """Take a new one, of whichever way.
 
         Args:
@@ -201,25 +207,30 @@ class _Numbers:
             registered: those that vLLM has at present: no other one is given up when there are too
                 many.
             from_disk: whether it has files.
+
+        Returns:
+            Those whose place it has taken, and what vLLM had read of their files.
         """
         self.drop(number)
+        replaced: Mapping[int, Any] = {}
         if from_disk:
             self._old += self._of_files
             self._of_files = [number]
-            self._written.clear()
+            replaced, self._written = self._written, {}
         else:
             self.without_files.append(number)
         for numbers in (self.without_files, self._old):
             gone = (n for n in list(numbers[:-1]) if n not in registered)
             while len(numbers) > _KEPT_IDS and (first := next(gone, None)) is not None:
                 numbers.remove(first)
+        return replaced
 
     def drop(self, number: int) -> None:
         """It isn't this name's any more."""
         for numbers in (self.without_files, self._of_files, self._old):
             if number in numbers:
                 numbers.remove(number)
-        self._written.discard(number)
+        self._written.pop(number, None)
 
     def __contains__(self, number: int) -> bool:
         return any(number in n for n in (self.without_files, self._of_files, self._old))
@@ -258,7 +269,12 @@ class _EngineAdapters:
         if from_disk and not numbers.without_files:
             # Another adapter than what was received.
             self._forget(name)
-        numbers.add(adapter_id, self._manager.list_adapters(), from_disk=from_disk)
+        registered = self._manager.list_adapters()
+        replaced = numbers.add(adapter_id, registered, from_disk=from_disk)
+        for old, had_read in replaced.items():
+            if old in registered and had_read:
+                # For its next slot.
+                registered[old].loras = had_read
 
     def removed(self, adapter_id: int) -> None:
         for name in self._named(adapter_id):
@@ -273,10 +289,13 @@ class _EngineAdapters:
         """Bring what was received to where vLLM has the adapter now."""
         if self._live.get(live.name) is not live:
             return
-        for adapter_id in self._numbers[live.name].all_synced():
+        numbers = self._numbers[live.name]
+        for adapter_id in numbers.current:
             slot = self._slot(adapter_id)
             registered = self._manager.list_adapters().get(adapter_id)
-            if registered is not None and registered.loras:
+            had_read = None if registered is None else registered.loras
+            numbers.written(adapter_id, had_read)
+            if registered is not None and had_read:
                 # From disk: neither the slot nor a later one may keep anything of it.
                 registered.loras = {}
                 if slot is not None:

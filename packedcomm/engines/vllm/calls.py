@@ -77,6 +77,12 @@ class Calls:
         return len(self._results) + len(self._failures) == len(self._engines)
 
     @property
+    def pending(self) -> list[Any]:
+        """Engines whose calls have neither returned nor failed."""
+        ended = {*self._results, *self._failures}
+        return [engine for index, engine in enumerate(self._engines) if index not in ended]
+
+    @property
     def failure(self) -> PackedCommError | None:
         """What has failed so far, as one error."""
         return combined(dict(self._failures)) if self._failures else None

@@ -148,8 +148,6 @@ class EngineUpdater:
         if (failure := calls.failure) is not None:
             raise failure
         session.replace_lost()
-        # Of engines as they were before.
-        self._pauses.resuming.clear()
         return len(session.members.present)
 
     def update(
@@ -267,11 +265,16 @@ def engines_of(engines: Any) -> list[Any]:
     """The engines that were given: one, or a sequence.
 
     Raises:
-        ArgumentError: there is none, or one has not all methods of `EngineHandle`.
+        ArgumentError: there is none, one is given twice, or one has not all methods of
+            `EngineHandle`.
     """
     given = list(engines) if isinstance(engines, Sequence) else [engines]
     if not given:
         raise ArgumentError("at least one engine is needed")
+    which = [getattr(engine, "base_url", id(engine)) for engine in given]
+    for index, key in enumerate(which):
+        if key in which[:index]:
+            raise ArgumentError(f"engines {which.index(key)} and {index} are the same one")
     return [_as_engine(engine) for engine in given]
 
 

@@ -24,7 +24,11 @@ class Constants:
     def __init__(
         self, ranges: Mapping[str, Ranges | None], live: Mapping[str, torch.Tensor]
     ) -> None:
-        self._ranges = {name: found for name, found in ranges.items() if found is not None}
+        self._ranges = {
+            name: found
+            for name, found in ranges.items()
+            if found is not None and _is_there(live[name])
+        }
         self._layouts = {name: _layout(live[name]) for name in self._ranges}
         self._compared = len(self._ranges) == len(ranges)
         self._values = self._read(live) if self._compared else {}
@@ -60,6 +64,9 @@ class Constants:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    # Some builds empty a tensor's memory and leave the tensor.
-    nbytes = tensor.untyped_storage().nbytes()
-    return (tensor.shape, tensor.stride(), tensor.dtype, nbytes)
+    return (tensor.shape, tensor.stride(), tensor.dtype, _is_there(tensor))
+
+
+def _is_there(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory: some builds empty it, and leave the tensor."""
+    return tensor.untyped_storage().nbytes() > 0 or not tensor.numel()

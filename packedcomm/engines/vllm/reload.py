@@ -175,7 +175,8 @@ class Reload:
 
         Raises:
             ManifestError: the loader doesn't know a name or a shape, a parameter or a part of it
-                gets nothing, or numbers that aren't of its kind.
+                gets nothing, or numbers that aren't of its kind; or with `partial` the loader does
+                nothing with a tensor.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -209,6 +210,14 @@ class Reload:
             for tensor, loader in watched:
                 tensor.weight_loader = loader
             self.take_back()
+        # Other stages of a pipeline have other layers, and skip what isn't theirs.
+        if partial and self._vllm_config.parallel_config.pipeline_parallel_size == 1:
+            ignored = [repr(name) for name in trial.ignored]
+            if ignored:
+                raise ManifestError(
+                    f"the engine's loader does nothing with {len(ignored)} tensors, which a "
+                    f"partial update must leave out: {listed(ignored)}"
+                )
         if trial.misfits:
             raise ManifestError(f"other numbers than the engine's: {listed(trial.misfits)}")
         missing = trial.missing(partial=partial)

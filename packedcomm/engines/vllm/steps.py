@@ -135,7 +135,10 @@ class UpdateSteps:
         for calls in pauses.resuming:
             calls.wait(max(0.0, end - time.monotonic()))
             if not calls.done:
-                raise DeadlineExceeded(f"{late}; connect() forgets that one is waited for")
+                # It might still be carried out, in the middle of this update.
+                raise DeadlineExceeded(
+                    f"{late}; if its answer is lost, its handle's timeout ends that"
+                )
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
         try:
@@ -217,10 +220,12 @@ class UpdateSteps:
     def resume(self) -> None:
         """Let the engines go on."""
         self._pauses.relied_on = None
-        able = [engine for engine in self._engines if hasattr(engine, "resume")]
+        late = [earlier for earlier in self._pauses.resuming if not earlier.done]
+        # Those that have been told already aren't told again.
+        told = {id(engine) for earlier in late for engine in earlier.pending}
+        able = [e for e in self._engines if hasattr(e, "resume") and id(e) not in told]
         with measured(self._seconds, "resume"), self._noting():
             calls = Calls("resume", able, self._resume)
-            late = [earlier for earlier in self._pauses.resuming if not earlier.done]
             self._pauses.resuming = [*late, calls]
             if (failure := calls.wait(self._timeout_s)) is not None:
                 raise failure
@@ -238,8 +243,8 @@ class UpdateSteps:
                 if gone or not may or time.monotonic() + _AGAIN_S > end:
                     raise
             else:
-                while engine in self._pauses.in_doubt:
-                    self._pauses.in_doubt.remove(engine)
+                doubts = self._pauses.in_doubt
+                self._pauses.in_doubt = [other for other in doubts if other is not engine]
                 return
             time.sleep(_AGAIN_S)
 

@@ -130,6 +130,10 @@ class Trial(TorchDispatchMode):
         """What the loader was given last, for messages."""
         self.misfits: list[str] = []
         """Tensors whose values can't be the parameters'."""
+        # Calls of parameters' loaders: in all, and until all tensors had been asked for.
+        self._calls = self._calls_before_end = 0
+        # Tensors behind which the next one was asked for without a call in between.
+        self._idle: list[str] = []
 
     def noting(self, loader: Callable[..., Any], name: str, parts: int = 1) -> Callable[..., Any]:
         """A parameter's loader that is watched.
@@ -145,6 +149,7 @@ class Trial(TorchDispatchMode):
 
         @wraps(loader)
         def watched(*arguments: Any, **options: Any) -> Any:
+            self._calls += 1
             if parameter is not None:
                 parameter.asked = True
                 part = arguments[2] if len(arguments) > 2 else options.get("loaded_shard_id")
@@ -163,7 +168,17 @@ class Trial(TorchDispatchMode):
         """Named tensors, one of which is being loaded whenever the next one isn't asked for."""
         for name, tensor in items:
             self.given = f"{name!r} of shape {tuple(tensor.shape)}"
+            before = self._calls
             yield name, tensor
+            if self._calls == before:
+                self._idle.append(name)
+        self._calls_before_end = self._calls
+
+    @property
+    def ignored(self) -> list[str]:
+        """Tensors that the loader did nothing with, once it is through; none where that can't be
+        told, since it asks for tensors before it is done with others."""
+        return list(self._idle) if self._calls == self._calls_before_end else []
 
     def missing(self, *, partial: bool) -> list[str]:
         """Parameters that get nothing or too little; with `partial` only of the layers that get

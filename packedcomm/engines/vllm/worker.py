@@ -23,6 +23,7 @@ from packedcomm.engines.vllm.adapters import (
     adapter_target,
     fill_adapters_again,
 )
+from packedcomm.engines.vllm.lora_layers import engine_names
 from packedcomm.engines.vllm.requests import InitRequest, UpdateRequest
 from packedcomm.engines.vllm.weights import ModelWeights
 from packedcomm.errors import (
@@ -296,8 +297,11 @@ def wrapped_names(model: torch.nn.Module) -> Sequence[Callable[[str], str] | Non
         parts = manager.packed_modules_mapping.get(last, [last])
         wrapped.update(f"{prefix}.{part}" if prefix else part for part in (*parts, last))
 
+    # The loader maps names by itself, whatever comes behind a module's.
+    engine_name = engine_names(model) or str
+
     def rename(name: str) -> str:
         module, _, parameter = name.rpartition(".")
-        return f"{module}.base_layer.{parameter}" if module in wrapped else name
+        return f"{module}.base_layer.{parameter}" if engine_name(module) in wrapped else name
 
     return (None, rename) if hasattr(BaseLayerWithLoRA, "load_weights") else (rename,)

@@ -247,6 +247,29 @@ def test_a_name_without_files_is_one_adapter_under_all_its_numbers(engine, base,
         engine.target(name)
 
 
+@pytest.mark.parametrize("number", [101, 104])
+def test_files_whose_place_others_have_taken_are_as_files_are(engine, base, link, tmp_path, number):
+    trainer, name = Trainer(base), f"policy{number}"
+    read, requests = [], []
+    for seed in (20, 21):
+        read.append(trainer.randomise(seed + number))
+        path = tmp_path / str(seed)
+        trainer.model.save_pretrained(path)
+        requests.append(engine.request(name, number + len(requests), str(path)))
+    beside = engine.request(name, number + 2)
+    if number == 104:
+        engine.generate(beside)
+    engine.generate(requests[0])
+    expected = trainer.randomise(22)
+    succeeded(engine.sync(LoraSender(trainer.model, link[0]), link[1], name))
+    agree(engine.generate(requests[0]), expected)
+    # vLLM keeps both, and has one slot.
+    for _ in range(2):
+        for request, answers in zip(reversed(requests), reversed(read), strict=True):
+            agree(engine.generate(request), answers)
+    agree(engine.generate(beside), expected if number == 104 else engine.base)
+
+
 def test_files_take_nothing_from_a_name_without_files(engine, base, link, tmp_path):
     """As when a checkpoint is looked at under the name that is trained."""
     trainer, name = Trainer(base), "policy94"

@@ -13,7 +13,17 @@ from safetensors.torch import load_file
 
 from packedcomm import FullWeightSender
 from packedcomm.engines.vllm.client import LocalEngine
-from tests.helpers.vllm_adapters import ADAPTED, ENGINE, agree, generated, granite, llama, qwen3_moe
+from packedcomm.errors import ManifestError
+from tests.helpers.vllm_adapters import (
+    ADAPTED,
+    ENGINE,
+    agree,
+    generated,
+    gpt_oss,
+    granite,
+    llama,
+    qwen3_moe,
+)
 from tests.helpers.vllm_engines import SyncedEngine, changed, trainer_of
 
 pytestmark = [
@@ -58,6 +68,35 @@ def test_experts_get_what_a_checkpoint_brings(tmp_path, apart):
     assert experts
     assert all(torch.equal(held[name], expected[name]) for name in experts)
     assert held.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.skipif(ENGINE.type != "cpu", reason="the engine isn't in this process")
+def test_what_a_loader_passes_over_is_refused_in_partial_updates(tmp_path, wrapped):
+    # GPT-OSS' goes on at names that it doesn't know, as it does at those of wrapped layers; and
+    # writes its sinks where a reload doesn't see it.
+    options = {"enable_lora": True, "max_lora_rank": 16} if wrapped else {}
+    model = gpt_oss()
+    engine = SyncedEngine(model, tmp_path, dtype="bfloat16", **options)
+    layer = "model.layers.0"
+    try:
+        with trainer_of(LocalEngine(engine.llm)) as (session, updater):
+
+            def update(*names):
+                parameters = dict(model.named_parameters())
+                sent = {name: torch.full_like(parameters[name], 0.25) for name in names}
+                return updater.update(FullWeightSender(sent, session), partial=True)
+
+            update(f"{layer}.mlp.router.weight", f"{layer}.mlp.router.bias")
+            with pytest.raises(
+                ManifestError, match=f"does nothing with 1 tensors.*'{layer}.*sinks"
+            ):
+                update(f"{layer}.self_attn.sinks")
+        held = parameters_of(engine)
+        base = ".base_layer" if wrapped else ""
+        assert held[f"{layer}.mlp.router{base}.bias"].tolist() == [0.25] * 4
+    finally:
+        engine.close()
 
 
 # All experts are chosen: of two that are as likely float16 may choose another one.
