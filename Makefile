@@ -75,14 +75,11 @@ $(VENV)/.fuzz: $(VENV)/.built
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-# A process for each file, since an engine leaves much behind; `--jobs=2` runs two at a time.
-VLLM_TESTS := $(wildcard tests/engines/vllm/test_*.py)
-.PHONY: $(VLLM_TESTS)
-test-vllm: $(VLLM_TESTS)
-
-$(VLLM_TESTS): $(VLLM_VENV)/.installed
-	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor \
-		$(VLLM_BIN)/python -m pytest -p no:cacheprovider $@
+test-vllm: $(VLLM_VENV)/.installed
+	for file in tests/engines/vllm/test_*.py; do \
+		TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor \
+			$(VLLM_BIN)/python -m pytest -p no:cacheprovider $$file || exit 1; \
+	done
 
 $(VLLM_VENV)/.environment: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
