@@ -1,7 +1,7 @@
 """Build of the extension `packedcomm._native`.
 
 The CUDA part is built when nvcc is found (PACKEDCOMM_BUILD_CUDA=0 leaves it out, =1 makes its
-absence an error). Nothing of torch or NCCL is linked; the CUDA runtime is linked statically.
+absence an error), for the architectures in PACKEDCOMM_BUILD_ARCHITECTURES ("80,90,100"). Nothing of torch or NCCL is linked; the CUDA runtime is linked statically.
 """
 
 import os
@@ -13,8 +13,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# sm_80, sm_90 and sm_100 in machine code, and the newest as PTX for what comes after.
-WANTED_ARCHITECTURES = (80, 90, 100)
+# In machine code, and the newest as PTX for what comes after.
+ARCHITECTURES = "80,90,100"
 HOST_FLAGS = ["-O3", "-fno-trapping-math", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 
@@ -44,7 +44,10 @@ def gencode_flags(nvcc: str) -> tuple[list[str], list[int]]:
     listed = subprocess.run(
         [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
     ).stdout.split()
-    architectures = [a for a in WANTED_ARCHITECTURES if f"sm_{a}" in listed]
+    wanted = os.environ.get("PACKEDCOMM_BUILD_ARCHITECTURES") or ARCHITECTURES
+    architectures = sorted(int(a) for a in wanted.split(",") if f"sm_{a.strip()}" in listed)
+    if not architectures:
+        raise SystemExit(f"this nvcc builds for none of the architectures {wanted}: {listed}")
     newest = architectures[-1]
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"], architectures
