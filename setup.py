@@ -1,7 +1,8 @@
 """Build of the extension `packedcomm._native`.
 
 The CUDA part is built when nvcc is found (PACKEDCOMM_BUILD_CUDA=0 leaves it out, =1 makes its
-absence an error), for the architectures in PACKEDCOMM_BUILD_ARCHITECTURES ("80,90,100"). Nothing of torch or NCCL is linked; the CUDA runtime is linked statically.
+absence an error), for the architectures in PACKEDCOMM_BUILD_ARCHITECTURES ("80,90,100"). Nothing of
+torch or NCCL is linked; the CUDA runtime is linked statically.
 """
 
 import os
