@@ -322,7 +322,9 @@ def test_no_update_begins_while_an_engine_may_still_be_told_to_go_on(server, ses
     told = server.came.count("wake_up")
     for _ in range(2):
         updater.connect()
-        with pytest.raises(DeadlineExceeded, match="hasn't answered after 1 s.*timeout ends that"):
+        with pytest.raises(
+            DeadlineExceeded, match="hasn't answered after 1 s.*timeout ends that, if it has one"
+        ):
             updater.update(FullWeightSender(weights(3.0), session))
     assert server.came.count("wake_up") == told
     server.refuse.clear()
@@ -332,6 +334,30 @@ def test_no_update_begins_while_an_engine_may_still_be_told_to_go_on(server, ses
     assert_holds(server, 3.0)
     assert not server.paused
     never.set()
+
+
+def test_an_engine_that_pauses_late_goes_on_though_an_early_answer_is_late(server, session):
+    updater = connected(server, session, timeout_s=1.0)
+    idle, answered = threading.Event(), threading.Event()
+
+    def wake_up(body):
+        # Carried out at once, and told late.
+        server.paused = False
+        if not idle.is_set():
+            answered.wait(20)
+
+    server.refuse |= {"pause": lambda body: idle.wait(20), "wake_up": wake_up}
+    with pytest.raises(DeadlineExceeded, match="pause"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    threading.Timer(0.3, idle.set).start()
+    with pytest.raises(DeadlineExceeded, match="hasn't answered"):
+        updater.update(FullWeightSender(weights(2.0), session))
+    eventually(lambda: idle.is_set() and not server.paused)
+    answered.set()
+    eventually(lambda: all(calls.done for calls in updater._pauses.resuming))
+    updater.update(FullWeightSender(weights(3.0), session))
+    assert_holds(server, 3.0)
+    assert not server.paused
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["answers", "refuses while it pauses"])

@@ -24,7 +24,9 @@ after a sync, or makes a new name or path for each version.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +48,8 @@ __all__ = [
 
 SCHEME = "packedcomm:"
 """How the path of an adapter begins that has no files."""
+
+logger = logging.getLogger("packedcomm")
 
 # Where a LoRA manager of vLLM's carries what is known of its adapters.
 _ATTRIBUTE = "packedcomm_adapters"
@@ -102,6 +106,9 @@ def fill_adapters_again(model: Any) -> None:
         found.fill_again()
 
 
+Files = Callable[[], Any]
+"""Reads an adapter's files; returns vLLM's `LoRAModel`."""
+
 # Numbers of one adapter that are remembered: some callers make a new one for every request.
 _KEPT_IDS = 256
 
@@ -132,7 +139,7 @@ def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any
         loaded = _empty_model(adapter_id)
     else:
         loaded = original(lora_request)
-    adapters.created(name, adapter_id, from_disk=not named)
+    adapters.created(name, adapter_id, None if named else partial(original, lora_request))
     return loaded
 
 
@@ -165,10 +172,10 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.without_files: list[int] = []
-        self._of_files: list[int] = []
-        # Of those with files what a sync has written: it isn't read from its files any more. With
-        # what vLLM had read, which it gets back when other files take its place.
-        self._written: dict[int, Any] = {}
+        # With what reads the files.
+        self._of_files: dict[int, Files] = {}
+        # Those of them that a sync has written: they aren't read from their files any more.
+        self._written: set[int] = set()
         # Those whose place other files have taken. Requests that have waited since may still bring
         # them back, with their own files.
         self._old: list[int] = []
@@ -183,40 +190,36 @@ class _Numbers:
         """All that have what was received last."""
         return [*self.without_files, *(n for n in self._of_files if n in self._written)]
 
-    def written(self, number: int, had_read: Any) -> None:
-        """A sync is written to one of those that are current.
+    def all_synced(self) -> list[int]:
+        """A sync is written to all that are current, which are returned."""
+        self._written.update(self._of_files)
+        return self.current
 
-        Args:
-            number: the adapter's.
-            had_read: what vLLM keeps of its files, to write it somewhere; None if nothing.
-        """
-        if number in self._of_files and (had_read or number not in self._written):
-            self._written[number] = had_read
-
-    def known(self, number: int, *, from_disk: bool) -> bool:
+    def known(self, number: int, files: Files | None) -> bool:
         """Whether it has come before, in that way."""
-        if from_disk:
-            return number in self
-        return number in self.without_files
+        return number in self.without_files if files is None else number in self
 
-    def add(self, number: int, registered: Container[int], *, from_disk: bool) -> Mapping[int, Any]:
+    def add(
+        self, number: int, files: Files | None, registered: Container[int]
+    ) -> Mapping[int, Files]:
         """Take a new one, of whichever way.
 
         Args:
             number: the adapter's, which isn't known in that way.
+            files: reads them; None without.
             registered: those that vLLM has at present: no other one is given up when there are too
                 many.
-            from_disk: whether it has files.
 
         Returns:
-            Those whose place it has taken, and what vLLM had read of their files.
+            Those whose place it has taken and that a sync had written.
         """
         self.drop(number)
-        replaced: Mapping[int, Any] = {}
-        if from_disk:
+        replaced: dict[int, Files] = {}
+        if files is not None:
             self._old += self._of_files
-            self._of_files = [number]
-            replaced, self._written = self._written, {}
+            replaced = {n: read for n, read in self._of_files.items() if n in self._written}
+            self._of_files = {number: files}
+            self._written.clear()
         else:
             self.without_files.append(number)
         for numbers in (self.without_files, self._old):
@@ -227,10 +230,11 @@ class _Numbers:
 
     def drop(self, number: int) -> None:
         """It isn't this name's any more."""
-        for numbers in (self.without_files, self._of_files, self._old):
+        for numbers in (self.without_files, self._old):
             if number in numbers:
                 numbers.remove(number)
-        self._written.pop(number, None)
+        self._of_files.pop(number, None)
+        self._written.discard(number)
 
     def __contains__(self, number: int) -> bool:
         return any(number in n for n in (self.without_files, self._of_files, self._old))
@@ -258,23 +262,38 @@ class _EngineAdapters:
         numbers = self._numbers.get(name)
         return numbers is not None and adapter_id in numbers.synced and self._received(name)
 
-    def created(self, name: str, adapter_id: int, *, from_disk: bool) -> None:
-        """vLLM has loaded an adapter. Its id may be new, and may have been another one's."""
+    def created(self, name: str, adapter_id: int, files: Files | None) -> None:
+        """vLLM has loaded an adapter, from files or not. Its id may be new, and may have been
+        another one's."""
         for other in self._named(adapter_id):
             if other != name:
                 self._drop(other, adapter_id)
         numbers = self._numbers.setdefault(name, _Numbers())
-        if numbers.known(adapter_id, from_disk=from_disk):
+        if numbers.known(adapter_id, files):
             return
-        if from_disk and not numbers.without_files:
+        if files is not None and not numbers.without_files:
             # Another adapter than what was received.
             self._forget(name)
         registered = self._manager.list_adapters()
-        replaced = numbers.add(adapter_id, registered, from_disk=from_disk)
-        for old, had_read in replaced.items():
-            if old in registered and had_read:
-                # For its next slot.
-                registered[old].loras = had_read
+        for old, read in numbers.add(adapter_id, files, registered).items():
+            if old in registered:
+                self._read_again(old, read)
+
+    def _read_again(self, adapter_id: int, read: Files) -> None:
+        """Show what is in an adapter's files in the place of what it has received. vLLM has it, so
+        it wouldn't read them by itself; and may have just given it a slot for a batch."""
+        try:
+            loaded = read()
+        except Exception:
+            logger.exception(
+                "adapter %s shows what it has received: its files are gone", adapter_id
+            )
+            return
+        manager = self._manager
+        active = manager.deactivate_adapter(adapter_id)
+        manager._add_adapter(loaded)
+        if active:
+            manager.activate_adapter(adapter_id)
 
     def removed(self, adapter_id: int) -> None:
         for name in self._named(adapter_id):
@@ -289,13 +308,10 @@ class _EngineAdapters:
         """Bring what was received to where vLLM has the adapter now."""
         if self._live.get(live.name) is not live:
             return
-        numbers = self._numbers[live.name]
-        for adapter_id in numbers.current:
+        for adapter_id in self._numbers[live.name].all_synced():
             slot = self._slot(adapter_id)
             registered = self._manager.list_adapters().get(adapter_id)
-            had_read = None if registered is None else registered.loras
-            numbers.written(adapter_id, had_read)
-            if registered is not None and had_read:
+            if registered is not None and registered.loras:
                 # From disk: neither the slot nor a later one may keep anything of it.
                 registered.loras = {}
                 if slot is not None:

@@ -12,10 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
+from packedcomm.engines.vllm.lora_layers import engine_names
 from packedcomm.engines.vllm.trial import Trial
 from packedcomm.errors import ManifestError, listed
 
-__all__ = ["Reload", "Watch"]
+__all__ = ["PASSED_OVER", "Reload", "Watch"]
+
+PASSED_OVER = "the engine's loader passes over"
+"""How the error begins of tensors that a loader does nothing with."""
 
 Named = tuple[str, torch.Tensor]
 
@@ -175,8 +179,8 @@ class Reload:
 
         Raises:
             ManifestError: the loader doesn't know a name or a shape, a parameter or a part of it
-                gets nothing, or numbers that aren't of its kind; or with `partial` the loader does
-                nothing with a tensor.
+                gets nothing, or numbers that aren't of its kind; or with `partial` the loader
+                passes over a tensor that the model has a parameter for.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -210,14 +214,9 @@ class Reload:
             for tensor, loader in watched:
                 tensor.weight_loader = loader
             self.take_back()
-        # Other stages of a pipeline have other layers, and skip what isn't theirs.
-        if partial and self._vllm_config.parallel_config.pipeline_parallel_size == 1:
-            ignored = [repr(name) for name in trial.ignored]
-            if ignored:
-                raise ManifestError(
-                    f"the engine's loader does nothing with {len(ignored)} tensors, which a "
-                    f"partial update must leave out: {listed(ignored)}"
-                )
+        passed_over = self._passed_over(trial) if partial else []
+        if passed_over:
+            raise ManifestError(f"{PASSED_OVER} {len(passed_over)} tensors: {listed(passed_over)}")
         if trial.misfits:
             raise ManifestError(f"other numbers than the engine's: {listed(trial.misfits)}")
         missing = trial.missing(partial=partial)
@@ -227,6 +226,28 @@ class Reload:
                 f"{len(missing)} parameters of {which} are not sent: {listed(missing)}"
             )
         return ""
+
+    def _passed_over(self, trial: Trial) -> list[str]:
+        """Tensors that the loader did nothing with although the model has parameters for them: it
+        goes on at names that it doesn't know, or writes where a reload doesn't see it. Others it
+        may leave out, as a tied output layer or what another stage of a pipeline has."""
+        one_stage = self._vllm_config.parallel_config.pipeline_parallel_size == 1
+        if not trial.called and one_stage:
+            return [repr(name) for name in trial.idle]
+        engine_name = engine_names(self._model) or str
+        packed = getattr(self._model, "packed_modules_mapping", None) or {}
+        fused = {part: whole for whole, parts in packed.items() for part in parts}
+
+        def meant(name: str) -> bool:
+            module, _, leaf = name.rpartition(".")
+            parent, dot, last = engine_name(module).rpartition(".")
+            return any(
+                trial.got_nothing(f"{parent}{dot}{each}{base}.{leaf}")
+                for each in (last, fused.get(last, last))
+                for base in ("", ".base_layer")
+            )
+
+        return [repr(name) for name in trial.idle if meant(name)]
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Those that a checkpoint must fill, as they are while the reload has begun."""

@@ -58,6 +58,8 @@ class Pauses:
         """Those of earlier updates that haven't come to their end yet, and of the last one."""
         self.in_doubt: list[Any] = []
         """Engines that have been told to pause, and that nobody knows whether they do."""
+        self.paused_late: list[Any] = []
+        """Those that have done so since another update relies on it, which resumes them."""
 
 
 class UpdateSteps:
@@ -137,7 +139,7 @@ class UpdateSteps:
             if not calls.done:
                 # It might still be carried out, in the middle of this update.
                 raise DeadlineExceeded(
-                    f"{late}; if its answer is lost, its handle's timeout ends that"
+                    f"{late}; if its answer is lost, its handle's timeout ends that, if it has one"
                 )
 
     def _pause(self, mode: PauseMode | None, flush: bool, engine: Any) -> None:
@@ -150,6 +152,8 @@ class UpdateSteps:
             # This update has ended by then. Another one that relies on it resumes the engine.
             if self._pauses.relied_on is None:
                 engine.resume()
+            elif self._pauses.relied_on is not self:
+                self._pauses.paused_late.append(engine)
 
     def start(self, *, draft: bool = False) -> None:
         """Let the engines prepare, for their draft models or for their models."""
@@ -219,10 +223,16 @@ class UpdateSteps:
 
     def resume(self) -> None:
         """Let the engines go on."""
+        # Whoever has it for long undoes a pause, which hangs.
+        locked = self._pauses.lock.acquire(timeout=self._timeout_s)
         self._pauses.relied_on = None
+        again, self._pauses.paused_late = self._pauses.paused_late, []
+        if locked:
+            self._pauses.lock.release()
         late = [earlier for earlier in self._pauses.resuming if not earlier.done]
-        # Those that have been told already aren't told again.
+        # Those that have been told already aren't told again, unless they have paused since.
         told = {id(engine) for earlier in late for engine in earlier.pending}
+        told -= {id(engine) for engine in again}
         able = [e for e in self._engines if hasattr(e, "resume") and id(e) not in told]
         with measured(self._seconds, "resume"), self._noting():
             calls = Calls("resume", able, self._resume)

@@ -130,9 +130,8 @@ class Trial(TorchDispatchMode):
         """What the loader was given last, for messages."""
         self.misfits: list[str] = []
         """Tensors whose values can't be the parameters'."""
-        # Calls of parameters' loaders: in all, and until all tensors had been asked for.
-        self._calls = self._calls_before_end = 0
-        # Tensors behind which the next one was asked for without a call in between.
+        # Of parameters' loaders.
+        self._calls = 0
         self._idle: list[str] = []
 
     def noting(self, loader: Callable[..., Any], name: str, parts: int = 1) -> Callable[..., Any]:
@@ -172,13 +171,22 @@ class Trial(TorchDispatchMode):
             yield name, tensor
             if self._calls == before:
                 self._idle.append(name)
-        self._calls_before_end = self._calls
 
     @property
-    def ignored(self) -> list[str]:
-        """Tensors that the loader did nothing with, once it is through; none where that can't be
-        told, since it asks for tensors before it is done with others."""
-        return list(self._idle) if self._calls == self._calls_before_end else []
+    def idle(self) -> Sequence[str]:
+        """Tensors behind which the loader asked for the next one without a call of any parameter's
+        loader in between: it passes over them, or keeps them until others are there."""
+        return self._idle
+
+    @property
+    def called(self) -> bool:
+        """Whether any parameter's loader was."""
+        return self._calls > 0
+
+    def got_nothing(self, parameter: str) -> bool:
+        """Whether the model has a parameter of this name that the loader did nothing with."""
+        found = self._parameters.get(parameter)
+        return found is not None and not found.asked and not found.written
 
     def missing(self, *, partial: bool) -> list[str]:
         """Parameters that get nothing or too little; with `partial` only of the layers that get

@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from packedcomm.engines.vllm.live import Links, live_tensors
 from packedcomm.engines.vllm.recorded import Proof, RecordedTarget, Recording
 from packedcomm.engines.vllm.recording import Recorder
-from packedcomm.engines.vllm.reload import Reload
+from packedcomm.engines.vllm.reload import PASSED_OVER, Reload
 from packedcomm.errors import ManifestError
 from packedcomm.manifest import Manifest
 
@@ -257,8 +257,9 @@ class ModelWeights:
             try:
                 return self.reload().check(described, partial=self.partial)
             except ManifestError as error:
-                # What it is called by the trainer is in the first one.
-                refused = refused or error
+                # The first one says most, but where it only says that names aren't known.
+                if refused is None or str(refused).startswith(PASSED_OVER):
+                    refused = error
         assert refused is not None
         raise refused
 

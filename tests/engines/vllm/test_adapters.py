@@ -260,9 +260,13 @@ def test_files_whose_place_others_have_taken_are_as_files_are(engine, base, link
     if number == 104:
         engine.generate(beside)
     engine.generate(requests[0])
-    expected = trainer.randomise(22)
-    succeeded(engine.sync(LoraSender(trainer.model, link[0]), link[1], name))
-    agree(engine.generate(requests[0]), expected)
+    sender = LoraSender(trainer.model, link[0])
+    for seed in (22, 23):
+        expected = trainer.randomise(seed)
+        succeeded(engine.sync(sender, link[1], name))
+        # As each end of an update does from vLLM 0.28 on.
+        engine.model.lora_manager.remove_all_adapters()
+        agree(engine.generate(requests[0]), expected)
     # vLLM keeps both, and has one slot.
     for _ in range(2):
         for request, answers in zip(reversed(requests), reversed(read), strict=True):

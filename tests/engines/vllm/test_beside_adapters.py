@@ -70,15 +70,21 @@ def test_experts_get_what_a_checkpoint_brings(tmp_path, apart):
     assert held.keys() == expected.keys()
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.skipif(ENGINE.type != "cpu", reason="the engine isn't in this process")
-def test_what_a_loader_passes_over_is_refused_in_partial_updates(tmp_path, wrapped):
+def test_what_a_loader_passes_over_is_refused_in_partial_updates(
+    tmp_path, monkeypatch, wrapped, stages
+):
     # GPT-OSS' goes on at names that it doesn't know, as it does at those of wrapped layers; and
     # writes its sinks where a reload doesn't see it.
     options = {"enable_lora": True, "max_lora_rank": 16} if wrapped else {}
     model = gpt_oss()
     engine = SyncedEngine(model, tmp_path, dtype="bfloat16", **options)
     layer = "model.layers.0"
+    # As each of several stages sees it.
+    parallel = engine.worker.vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "pipeline_parallel_size", stages)
     try:
         with trainer_of(LocalEngine(engine.llm)) as (session, updater):
 
@@ -88,10 +94,11 @@ def test_what_a_loader_passes_over_is_refused_in_partial_updates(tmp_path, wrapp
                 return updater.update(FullWeightSender(sent, session), partial=True)
 
             update(f"{layer}.mlp.router.weight", f"{layer}.mlp.router.bias")
-            with pytest.raises(
-                ManifestError, match=f"does nothing with 1 tensors.*'{layer}.*sinks"
-            ):
-                update(f"{layer}.self_attn.sinks")
+            passed_over = f"passes over 1 tensors: '{layer}.self_attn.sinks'"
+            with pytest.raises(ManifestError, match=passed_over):
+                update(f"{layer}.self_attn.sinks", f"{layer}.input_layernorm.weight")
+            with pytest.raises(ManifestError, match="router.*bias"):
+                update(f"{layer}.mlp.router.weight")
         held = parameters_of(engine)
         base = ".base_layer" if wrapped else ""
         assert held[f"{layer}.mlp.router{base}.bias"].tolist() == [0.25] * 4

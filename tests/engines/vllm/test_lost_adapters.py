@@ -105,3 +105,25 @@ def test_the_memory_of_an_adapter_is_given_back_when_files_take_its_name(tmp_pat
             assert alive() == before
     finally:
         engine.close()
+
+
+def test_files_whose_place_others_take_are_shown_again_at_once(tmp_path):
+    options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "dtype": ADAPTED}
+    engine = SyncedEngine(llama(), tmp_path / "model", **options)
+    trainer = Trainer(llama())
+    read, requests = [], []
+    for number in (1, 2):
+        read.append(trainer.randomise(number))
+        trainer.model.save_pretrained(tmp_path / str(number))
+        requests.append(engine.request("policy", number, str(tmp_path / str(number))))
+    try:
+        with trainer_of(engine.llm) as (session, updater):
+            agree(engine.generate(requests[0]), read[0])
+            expected = trainer.randomise(3)
+            updater.update(LoraSender(trainer.model, session), adapter="policy")
+            agree(engine.generate(requests[0]), expected)
+            # Both have a slot.
+            agree(engine.generate(requests[1]), read[1])
+            agree(engine.generate(requests[0]), read[0])
+    finally:
+        engine.close()
