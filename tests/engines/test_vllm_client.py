@@ -341,10 +341,11 @@ def test_an_engine_that_pauses_late_goes_on_though_an_early_answer_is_late(serve
     idle, answered = threading.Event(), threading.Event()
 
     def wake_up(body):
-        # Carried out at once, and told late.
+        # Carried out at once, and the answer is late, and is none.
         server.paused = False
         if not idle.is_set():
             answered.wait(20)
+            raise RuntimeError("the connection was lost")
 
     server.refuse |= {"pause": lambda body: idle.wait(20), "wake_up": wake_up}
     with pytest.raises(DeadlineExceeded, match="pause"):
