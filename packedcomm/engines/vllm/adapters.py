@@ -197,6 +197,9 @@ class _Numbers:
 
     def known(self, number: int, files: Files | None) -> bool:
         """Whether it has come before, in that way."""
+        if files is not None and number in self._of_files:
+            # Perhaps from elsewhere.
+            self._of_files[number] = files
         return number in self.without_files if files is None else number in self
 
     def add(
@@ -248,6 +251,8 @@ class _EngineAdapters:
         self._numbers: dict[str, _Numbers] = {}
         self._live: dict[str, LiveAdapter] = {}
         self._targets: dict[str, StagedTarget] = {}
+        # Numbers of which nothing but what they received is left: their files are gone.
+        self._orphans: dict[int, LiveAdapter] = {}
         self.receivers: dict[str, WeightReceiver] = {}
 
     @classmethod
@@ -268,34 +273,44 @@ class _EngineAdapters:
         for other in self._named(adapter_id):
             if other != name:
                 self._drop(other, adapter_id)
+        self._orphans.pop(adapter_id, None)
         numbers = self._numbers.setdefault(name, _Numbers())
         if numbers.known(adapter_id, files):
             return
+        live = self._live.get(name)
         if files is not None and not numbers.without_files:
             # Another adapter than what was received.
             self._forget(name)
         registered = self._manager.list_adapters()
         for old, read in numbers.add(adapter_id, files, registered).items():
-            if old in registered:
-                self._read_again(old, read)
+            if old in registered and live is not None:
+                self._read_again(registered[old], read, live)
 
-    def _read_again(self, adapter_id: int, read: Files) -> None:
-        """Show what is in an adapter's files in the place of what it has received. vLLM has it, so
-        it wouldn't read them by itself; and may have just given it a slot for a batch."""
+    def _read_again(self, registered: Any, read: Files, live: LiveAdapter) -> None:
+        """Show what is in an adapter's files in the place of what it has received: vLLM has the
+        adapter, so it wouldn't read them by itself. It is in the middle of giving slots to a batch:
+        which adapter has which one, and which one goes next, stays as it is."""
+        manager, number = self._manager, registered.id
         try:
             loaded = read()
+            manager._create_merged_loras_inplace(loaded)
         except Exception:
             logger.exception(
-                "adapter %s shows what it has received: its files are gone", adapter_id
+                "adapter %s keeps what it has received: its files can't be read", number
             )
+            self._orphans[number] = live
             return
-        manager = self._manager
-        active = manager.deactivate_adapter(adapter_id)
-        manager._add_adapter(loaded)
-        if active:
-            manager.activate_adapter(adapter_id)
+        registered.loras = loaded.loras
+        slot = self._slot(number)
+        for name, module in manager.modules.items() if slot is not None else ():
+            weights = manager._get_lora_layer_weights(registered, name)
+            if weights:
+                module.set_lora(slot, weights.lora_a, weights.lora_b)
+            else:
+                module.reset_lora(slot)
 
     def removed(self, adapter_id: int) -> None:
+        self._orphans.pop(adapter_id, None)
         for name in self._named(adapter_id):
             self._drop(name, adapter_id)
 
@@ -303,6 +318,8 @@ class _EngineAdapters:
         for name in self._named(adapter_id):
             if self.is_received(name, adapter_id):
                 self._live[name].fill(self._slot(adapter_id))
+        if adapter_id in self._orphans:
+            self._orphans[adapter_id].fill(self._slot(adapter_id))
 
     def committed(self, live: LiveAdapter) -> None:
         """Bring what was received to where vLLM has the adapter now."""
@@ -324,6 +341,8 @@ class _EngineAdapters:
         for name, live in self._live.items():
             for adapter_id in self._numbers[name].synced if live.received else ():
                 live.fill(self._slot(adapter_id))
+        for adapter_id, live in self._orphans.items():
+            live.fill(self._slot(adapter_id))
 
     def target(self, name: str, device: torch.device) -> StagedTarget:
         if name not in self._numbers:

@@ -271,7 +271,7 @@ def engines_of(engines: Any) -> list[Any]:
     given = list(engines) if isinstance(engines, Sequence) else [engines]
     if not given:
         raise ArgumentError("at least one engine is needed")
-    which = [e.base_url.lower() if isinstance(e, HttpEngine) else id(e) for e in given]
+    which = [e.base_url if isinstance(e, HttpEngine) else id(e) for e in given]
     for index, key in enumerate(which):
         if key in which[:index]:
             raise ArgumentError(f"engines {which.index(key)} and {index} are the same one")

@@ -12,7 +12,7 @@ from packedcomm.errors import LayoutError, SessionStateError
 from packedcomm.planning.lora_names import Division
 from packedcomm.targets import LoraSlots
 
-__all__ = ["Cuts", "engine_names", "stack_of"]
+__all__ = ["Cuts", "engine_names", "stack_of", "weight_names"]
 
 
 def stack_of(layer: Any) -> LoraSlots | None:
@@ -74,12 +74,9 @@ class Cuts:
 
 def engine_names(model: Any) -> Callable[[str], str] | None:
     """From the names of modules on the wire to vLLM's, as vLLM's own loader of adapters has it."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper = _plain_mapper(model)
     if mapper is None:
         return None
-    # Without what it does to fuse projections; the method's name is another one from 0.29 on.
-    plain = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
-    mapper = plain()
     suffix = ".lora_A.weight"
 
     def rename(module: str) -> str:
@@ -87,6 +84,27 @@ def engine_names(model: Any) -> Callable[[str], str] | None:
         return module if mapped is None else str(mapped).removesuffix(suffix)
 
     return rename
+
+
+def weight_names(model: Any) -> Callable[[str], str]:
+    """The same for the names of weights; those that vLLM's loader drops stay as they are."""
+    mapper = _plain_mapper(model)
+
+    def rename(name: str) -> str:
+        mapped = None if mapper is None else mapper._map_name(name)
+        return name if mapped is None else str(mapped)
+
+    return rename
+
+
+def _plain_mapper(model: Any) -> Any:
+    """What maps a checkpoint's names, without what it does to fuse projections."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    # The method's name is another one from 0.29 on.
+    plain = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+    return plain()
 
 
 def _division(layer: Any) -> Division:

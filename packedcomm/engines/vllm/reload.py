@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from packedcomm.engines.vllm.lora_layers import engine_names
+from packedcomm.engines.vllm.lora_layers import engine_names, weight_names
 from packedcomm.engines.vllm.trial import Trial
 from packedcomm.errors import ManifestError, listed
 
@@ -25,6 +25,8 @@ Named = tuple[str, torch.Tensor]
 
 # An attribute of the experts' own modules, used by nothing but their loader.
 _PREFIX = "lora_base_layer_prefix"
+
+_EXPERTS = ".experts."
 
 
 class Watch(Protocol):
@@ -234,18 +236,25 @@ class Reload:
         one_stage = self._vllm_config.parallel_config.pipeline_parallel_size == 1
         if not trial.called and one_stage:
             return [repr(name) for name in trial.idle]
-        engine_name = engine_names(self._model) or str
+        of_module, of_weight = engine_names(self._model) or str, weight_names(self._model)
         packed = getattr(self._model, "packed_modules_mapping", None) or {}
         fused = {part: whole for whole, parts in packed.items() for part in parts}
+        untouched = trial.untouched
 
         def meant(name: str) -> bool:
             module, _, leaf = name.rpartition(".")
-            parent, dot, last = engine_name(module).rpartition(".")
-            return any(
-                trial.got_nothing(f"{parent}{dot}{each}{base}.{leaf}")
-                for each in (last, fused.get(last, last))
-                for base in ("", ".base_layer")
-            )
+            for mapped in (f"{of_module(module)}.{leaf}", of_weight(name)):
+                module, _, leaf = mapped.rpartition(".")
+                parent, dot, last = module.rpartition(".")
+                for each in (last, fused.get(last, last)):
+                    whole = f"{parent}{dot}{each}"
+                    if not untouched.isdisjoint((f"{whole}.{leaf}", f"{whole}.base_layer.{leaf}")):
+                        return True
+                # All experts of a layer are in few parameters, under other names.
+                before, experts, _ = mapped.partition(_EXPERTS)
+                if experts and any(p.startswith(before + experts) for p in untouched):
+                    return True
+            return False
 
         return [repr(name) for name in trial.idle if meant(name)]
 

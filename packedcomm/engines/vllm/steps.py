@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -253,8 +253,9 @@ class UpdateSteps:
                 if gone or not may or time.monotonic() + _AGAIN_S > end:
                     raise
             else:
-                doubts = self._pauses.in_doubt
-                self._pauses.in_doubt = [other for other in doubts if other is not engine]
+                with suppress(ValueError):
+                    while True:
+                        self._pauses.in_doubt.remove(engine)
                 return
             time.sleep(_AGAIN_S)
 

@@ -183,10 +183,10 @@ class Trial(TorchDispatchMode):
         """Whether any parameter's loader was."""
         return self._calls > 0
 
-    def got_nothing(self, parameter: str) -> bool:
-        """Whether the model has a parameter of this name that the loader did nothing with."""
-        found = self._parameters.get(parameter)
-        return found is not None and not found.asked and not found.written
+    @property
+    def untouched(self) -> set[str]:
+        """The model's parameters that the loader did nothing with."""
+        return {n for n, p in self._parameters.items() if not p.asked and not p.written}
 
     def missing(self, *, partial: bool) -> list[str]:
         """Parameters that get nothing or too little; with `partial` only of the layers that get

@@ -93,12 +93,16 @@ def test_what_a_loader_passes_over_is_refused_in_partial_updates(
                 sent = {name: torch.full_like(parameters[name], 0.25) for name in names}
                 return updater.update(FullWeightSender(sent, session), partial=True)
 
-            update(f"{layer}.mlp.router.weight", f"{layer}.mlp.router.bias")
             passed_over = f"passes over 1 tensors: '{layer}.self_attn.sinks'"
             with pytest.raises(ManifestError, match=passed_over):
                 update(f"{layer}.self_attn.sinks", f"{layer}.input_layernorm.weight")
+            router = [f"{layer}.mlp.router.{leaf}" for leaf in ("weight", "bias")]
+            experts = f"{layer}.mlp.experts.gate_up_proj"
+            with pytest.raises(ManifestError, match=f"(over 1 tensors|manifest): '{experts}'"):
+                update(*router, experts)
             with pytest.raises(ManifestError, match="router.*bias"):
                 update(f"{layer}.mlp.router.weight")
+            update(*router)
         held = parameters_of(engine)
         base = ".base_layer" if wrapped else ""
         assert held[f"{layer}.mlp.router{base}.bias"].tolist() == [0.25] * 4

@@ -4,6 +4,7 @@ the memory of adapters that are removed."""
 from __future__ import annotations
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -107,9 +108,10 @@ def test_the_memory_of_an_adapter_is_given_back_when_files_take_its_name(tmp_pat
         engine.close()
 
 
-def test_files_whose_place_others_take_are_shown_again_at_once(tmp_path):
-    options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "dtype": ADAPTED}
-    engine = SyncedEngine(llama(), tmp_path / "model", **options)
+@pytest.mark.parametrize("gone", [False, True])
+def test_files_whose_place_others_take_are_shown_again_at_once(tmp_path, gone):
+    options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "max_cpu_loras": 4}
+    engine = SyncedEngine(llama(), tmp_path / "model", dtype=ADAPTED, **options)
     trainer = Trainer(llama())
     read, requests = [], []
     for number in (1, 2):
@@ -122,8 +124,39 @@ def test_files_whose_place_others_take_are_shown_again_at_once(tmp_path):
             expected = trainer.randomise(3)
             updater.update(LoraSender(trainer.model, session), adapter="policy")
             agree(engine.generate(requests[0]), expected)
-            # Both have a slot.
+            if gone:
+                shutil.rmtree(tmp_path / "1")
+            manager = engine.model.lora_manager
+            engine.generate(engine.request("other", 3))
             agree(engine.generate(requests[1]), read[1])
+            # As vLLM has chosen: the one that was used last stays.
+            assert set(manager.lora_index_to_id) == {2, 3}
+            # What has no files any more keeps what it has received, in this slot and the next.
+            for _ in range(2):
+                agree(engine.generate(requests[0]), expected if gone else read[0])
+                for request in (engine.request("other", 3), requests[1]):
+                    engine.generate(request)
+    finally:
+        engine.close()
+
+
+def test_files_whose_place_others_take_are_shown_again_in_their_slot(tmp_path):
+    options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "dtype": ADAPTED}
+    engine = SyncedEngine(llama(), tmp_path / "model", **options)
+    trainer = Trainer(llama())
+    read, requests = [], []
+    for number in (1, 2):
+        read.append(trainer.randomise(number))
+        trainer.model.save_pretrained(tmp_path / str(number))
+        requests.append(engine.request("policy", number, str(tmp_path / str(number))))
+    try:
+        with trainer_of(engine.llm) as (session, updater):
+            engine.generate(requests[0])
+            trainer.randomise(3, generate=False)
+            updater.update(LoraSender(trainer.model, session), adapter="policy")
+            engine.generate(requests[0])
+            agree(engine.generate(requests[1]), read[1])
+            assert set(engine.model.lora_manager.lora_index_to_id) == {1, 2}
             agree(engine.generate(requests[0]), read[0])
     finally:
         engine.close()
