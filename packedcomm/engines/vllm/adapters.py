@@ -282,6 +282,8 @@ class _EngineAdapters:
             # Another adapter than what was received.
             self._forget(name)
         registered = self._manager.list_adapters()
+        # vLLM has dropped the others, and would look for their files.
+        self._orphans = {n: live for n, live in self._orphans.items() if n in registered}
         for old, read in numbers.add(adapter_id, files, registered).items():
             if old in registered and live is not None:
                 self._read_again(registered[old], read, live)
@@ -291,23 +293,26 @@ class _EngineAdapters:
         adapter, so it wouldn't read them by itself. It is in the middle of giving slots to a batch:
         which adapter has which one, and which one goes next, stays as it is."""
         manager, number = self._manager, registered.id
+        slot = self._slot(number)
         try:
             loaded = read()
             manager._create_merged_loras_inplace(loaded)
+            registered.loras = loaded.loras
+            for name, module in manager.modules.items() if slot is not None else ():
+                weights = manager._get_lora_layer_weights(registered, name)
+                if weights:
+                    module.set_lora(slot, weights.lora_a, weights.lora_b)
+                else:
+                    module.reset_lora(slot)
         except Exception:
             logger.exception(
-                "adapter %s keeps what it has received: its files can't be read", number
+                "the files of adapter %s can't be read again: as long as vLLM keeps it, it shows "
+                "what it has received",
+                number,
             )
+            registered.loras = {}
             self._orphans[number] = live
-            return
-        registered.loras = loaded.loras
-        slot = self._slot(number)
-        for name, module in manager.modules.items() if slot is not None else ():
-            weights = manager._get_lora_layer_weights(registered, name)
-            if weights:
-                module.set_lora(slot, weights.lora_a, weights.lora_b)
-            else:
-                module.reset_lora(slot)
+            live.fill(slot)
 
     def removed(self, adapter_id: int) -> None:
         self._orphans.pop(adapter_id, None)
@@ -335,6 +340,9 @@ class _EngineAdapters:
                     for module in self._manager.modules.values():
                         module.reset_lora(slot)
             live.fill(slot)
+        for adapter_id, theirs in self._orphans.items():
+            if theirs is live:
+                live.fill(self._slot(adapter_id))
 
     def fill_again(self) -> None:
         """Bring every adapter that was received to where vLLM has it, whatever is there."""

@@ -240,6 +240,7 @@ class Reload:
         packed = getattr(self._model, "packed_modules_mapping", None) or {}
         fused = {part: whole for whole, parts in packed.items() for part in parts}
         untouched = trial.untouched
+        layers = {name.partition(_EXPERTS)[0] for name in untouched if _EXPERTS in name}
 
         def meant(name: str) -> bool:
             module, _, leaf = name.rpartition(".")
@@ -252,7 +253,7 @@ class Reload:
                         return True
                 # All experts of a layer are in few parameters, under other names.
                 before, experts, _ = mapped.partition(_EXPERTS)
-                if experts and any(p.startswith(before + experts) for p in untouched):
+                if experts and before in layers:
                     return True
             return False
 
