@@ -26,6 +26,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -106,8 +107,14 @@ def fill_adapters_again(model: Any) -> None:
         found.fill_again()
 
 
-Files = Callable[[], Any]
-"""Reads an adapter's files; returns vLLM's `LoRAModel`."""
+@dataclass(frozen=True)
+class Files:
+    """Where an adapter was loaded from."""
+
+    path: str
+    read: Callable[[], Any]
+    """Loads it again; returns vLLM's `LoRAModel`."""
+
 
 # Numbers of one adapter that are remembered: some callers make a new one for every request.
 _KEPT_IDS = 256
@@ -139,7 +146,8 @@ def _load(original: Callable[[Any], Any], worker_manager: Any, lora_request: Any
         loaded = _empty_model(adapter_id)
     else:
         loaded = original(lora_request)
-    adapters.created(name, adapter_id, None if named else partial(original, lora_request))
+    files = None if named else Files(lora_request.lora_path, partial(original, lora_request))
+    adapters.created(name, adapter_id, files)
     return loaded
 
 
@@ -176,9 +184,9 @@ class _Numbers:
         self._of_files: dict[int, Files] = {}
         # Those of them that a sync has written: they aren't read from their files any more.
         self._written: set[int] = set()
-        # Those whose place other files have taken. Requests that have waited since may still bring
-        # them back, with their own files.
-        self._old: list[int] = []
+        # Those whose place other files have taken, with their own files' path. Requests that have
+        # waited since may still bring them back.
+        self._old: dict[int, str] = {}
 
     @property
     def current(self) -> list[int]:
@@ -197,10 +205,13 @@ class _Numbers:
 
     def known(self, number: int, files: Files | None) -> bool:
         """Whether it has come before, in that way."""
-        if files is not None and number in self._of_files:
+        if files is None:
+            return number in self.without_files
+        if number in self._of_files:
             # Perhaps from elsewhere.
             self._of_files[number] = files
-        return number in self.without_files if files is None else number in self
+        # An old number with other files than it had is a new adapter.
+        return number in self and self._old.get(number, files.path) == files.path
 
     def add(
         self, number: int, files: Files | None, registered: Container[int]
@@ -219,23 +230,23 @@ class _Numbers:
         self.drop(number)
         replaced: dict[int, Files] = {}
         if files is not None:
-            self._old += self._of_files
-            replaced = {n: read for n, read in self._of_files.items() if n in self._written}
+            self._old |= {n: other.path for n, other in self._of_files.items()}
+            replaced = {n: other for n, other in self._of_files.items() if n in self._written}
             self._of_files = {number: files}
             self._written.clear()
         else:
             self.without_files.append(number)
-        for numbers in (self.without_files, self._old):
-            gone = (n for n in list(numbers[:-1]) if n not in registered)
-            while len(numbers) > _KEPT_IDS and (first := next(gone, None)) is not None:
-                numbers.remove(first)
+        for numbers in (self.without_files, list(self._old)):
+            gone = [n for n in numbers[:-1] if n not in registered]
+            for first in gone[: max(0, len(numbers) - _KEPT_IDS)]:
+                self.drop(first)
         return replaced
 
     def drop(self, number: int) -> None:
         """It isn't this name's any more."""
-        for numbers in (self.without_files, self._old):
-            if number in numbers:
-                numbers.remove(number)
+        if number in self.without_files:
+            self.without_files.remove(number)
+        self._old.pop(number, None)
         self._of_files.pop(number, None)
         self._written.discard(number)
 
@@ -284,18 +295,18 @@ class _EngineAdapters:
         registered = self._manager.list_adapters()
         # vLLM has dropped the others, and would look for their files.
         self._orphans = {n: live for n, live in self._orphans.items() if n in registered}
-        for old, read in numbers.add(adapter_id, files, registered).items():
+        for old, theirs in numbers.add(adapter_id, files, registered).items():
             if old in registered and live is not None:
-                self._read_again(registered[old], read, live)
+                self._read_again(registered[old], theirs, live)
 
-    def _read_again(self, registered: Any, read: Files, live: LiveAdapter) -> None:
+    def _read_again(self, registered: Any, files: Files, live: LiveAdapter) -> None:
         """Show what is in an adapter's files in the place of what it has received: vLLM has the
         adapter, so it wouldn't read them by itself. It is in the middle of giving slots to a batch:
         which adapter has which one, and which one goes next, stays as it is."""
         manager, number = self._manager, registered.id
         slot = self._slot(number)
         try:
-            loaded = read()
+            loaded = files.read()
             manager._create_merged_loras_inplace(loaded)
             registered.loras = loaded.loras
             for name, module in manager.modules.items() if slot is not None else ():
@@ -306,8 +317,9 @@ class _EngineAdapters:
                     module.reset_lora(slot)
         except Exception:
             logger.exception(
-                "the files of adapter %s can't be read again: as long as vLLM keeps it, it shows "
-                "what it has received",
+                "%s can't be read again: as long as vLLM keeps adapter %s, it shows what it has "
+                "received",
+                files.path,
                 number,
             )
             registered.loras = {}

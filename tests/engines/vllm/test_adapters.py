@@ -274,6 +274,22 @@ def test_files_whose_place_others_have_taken_are_as_files_are(engine, base, link
     agree(engine.generate(beside), expected if number == 104 else engine.base)
 
 
+def test_an_old_number_with_other_files_is_a_new_adapter(engine, base, link, tmp_path):
+    trainer, name = Trainer(base), "policy108"
+    sender = LoraSender(trainer.model, link[0])
+    for seed, number in enumerate([108, 109, 108], start=24):
+        read = trainer.randomise(seed)
+        trainer.model.save_pretrained(tmp_path / str(seed))
+        request = engine.request(name, number, str(tmp_path / str(seed)))
+        # Out of vLLM's memory, in which the number has other files.
+        for other in (110, 111):
+            engine.generate(engine.request(f"policy{other}", other))
+        agree(engine.generate(request), read)
+        expected = trainer.randomise(seed + 10)
+        succeeded(engine.sync(sender, link[1], name))
+        agree(engine.generate(request), expected)
+
+
 def test_files_take_nothing_from_a_name_without_files(engine, base, link, tmp_path):
     """As when a checkpoint is looked at under the name that is trained."""
     trainer, name = Trainer(base), "policy94"
