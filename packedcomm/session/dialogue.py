@@ -327,7 +327,7 @@ class Dialogue(Hearing):
 
 def _why(what: str) -> str:
     """What is the reason mostly, where whoever is asked need not be in the middle of anything."""
-    if what not in ("Assemble", "Offer", "NoChange"):
+    if what not in ("Assemble", "NoChange"):
         return ""
     return ": it has connected to the session, but is it told to receive?"
 
