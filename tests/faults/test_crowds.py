@@ -294,7 +294,7 @@ def test_a_receiver_that_is_always_cut_comes_again_ever_more_seldom(monkeypatch)
     monkeypatch.setattr("packedcomm.session.receiver.ReceiverChannel", Counted)
     # ZeroMQ ends a connection over which more comes: a handshake (41 bytes) is through, and what is
     # cut is the first message, or else the end of a handshake may look like a refusal.
-    small = Settings(max_frame_bytes=100)
+    small = Settings(max_frame_bytes=48)
     with (
         Session.listen("127.0.0.1:0", receivers=1, settings=small, device="cpu") as session,
         pytest.raises(PeerLost, match=r"ended the connection \d+ times before"),
