@@ -152,8 +152,12 @@ def test_a_sender_that_is_wrong_about_what_is_held_learns_it(monkeypatch, wrong)
 
             with monkeypatch.context() as patched:
                 patched.setattr(sender._leading, "_remember", interrupted)
-                with pytest.raises(KeyboardInterrupt):
-                    sync([whole])
+
+                def sync_and_be_interrupted():
+                    with pytest.raises(KeyboardInterrupt):
+                        sender.sync()
+
+                assert isinstance(Round(sync_and_be_interrupted, [whole]).received[0], RemoteError)
         else:
             assert sync([whole]).sent.verified
             ((digest, (regions,)),) = sender._leading._held.items()
