@@ -108,16 +108,22 @@ def test_the_memory_of_an_adapter_is_given_back_when_files_take_its_name(tmp_pat
         engine.close()
 
 
+def checkpoints(engine, trainer, path):
+    """What two checkpoints under one name answer, and the requests for them."""
+    read, requests = [], []
+    for number in (1, 2):
+        read.append(trainer.randomise(number))
+        trainer.model.save_pretrained(path / str(number))
+        requests.append(engine.request("policy", number, str(path / str(number))))
+    return read, requests
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_files_whose_place_others_take_are_shown_again_at_once(tmp_path, gone):
     options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "max_cpu_loras": 4}
     engine = SyncedEngine(llama(), tmp_path / "model", dtype=ADAPTED, **options)
     trainer = Trainer(llama())
-    read, requests = [], []
-    for number in (1, 2):
-        read.append(trainer.randomise(number))
-        trainer.model.save_pretrained(tmp_path / str(number))
-        requests.append(engine.request("policy", number, str(tmp_path / str(number))))
+    read, requests = checkpoints(engine, trainer, tmp_path)
     try:
         with trainer_of(engine.llm) as (session, updater):
             agree(engine.generate(requests[0]), read[0])
@@ -148,11 +154,7 @@ def test_files_whose_place_others_take_are_shown_again_in_their_slot(tmp_path):
     options = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2, "dtype": ADAPTED}
     engine = SyncedEngine(llama(), tmp_path / "model", **options)
     trainer = Trainer(llama())
-    read, requests = [], []
-    for number in (1, 2):
-        read.append(trainer.randomise(number))
-        trainer.model.save_pretrained(tmp_path / str(number))
-        requests.append(engine.request("policy", number, str(tmp_path / str(number))))
+    read, requests = checkpoints(engine, trainer, tmp_path)
     try:
         with trainer_of(engine.llm) as (session, updater):
             engine.generate(requests[0])
