@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 from packedcomm.errors import DeadlineExceeded, NcclError, PeerLost, SessionStateError
 
-__all__ = ["await_cause", "measured", "wait_for_device", "wait_until"]
+__all__ = ["Measured", "await_cause", "wait_for_device", "wait_until"]
 
 # Most transfers end within this time; sleeping would cost more than it saves.
 _SPIN_S = 0.002
@@ -93,11 +92,23 @@ def await_cause(error: BaseException, failure: Callable[[], Exception | None]) -
     return None
 
 
-@contextmanager
-def measured(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time that the body takes to a stage."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin
+class Measured:
+    """Adds the time that the body of a `with` takes to a stage.
+
+    Args:
+        seconds: by stage.
+        stage: which.
+    """
+
+    __slots__ = ("_begin", "_seconds", "_stage")
+
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds = seconds
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *raised: object) -> None:
+        spent = time.perf_counter() - self._begin
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + spent

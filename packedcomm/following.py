@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from packedcomm.completion import await_cause, measured, wait_for_device
+from packedcomm.completion import Measured, await_cause, wait_for_device
 from packedcomm.decisions import Decisions
 from packedcomm.endpoints import Target, TargetChooser, is_target
 from packedcomm.errors import ArgumentError, ContextLost, ProtocolError, RemoteError, summary
@@ -213,10 +213,10 @@ class Following:
     def _receive(self, offer: Offer) -> tuple[Update, torch.Tensor | None]:
         session = self._session
         seconds: dict[str, float] = {}
-        with measured(seconds, "agree"):
+        with Measured(seconds, "agree"):
             manifest, offer = self._manifest(offer)
         if self._chooser is not None:
-            with measured(seconds, "agree"):
+            with Measured(seconds, "agree"):
                 self._target = self._chooser.choose(manifest)
         target = self._target
         shown = None
@@ -244,7 +244,7 @@ class Following:
         group = session.communicator
         with PIPELINES.borrow(group, session.device, session.settings.num_buffers) as pipeline:
             receiving = Receiving(pipeline, group, 0, cut, target, note, self._wait)
-            with measured(seconds, "agree"):
+            with Measured(seconds, "agree"):
                 plan = None if shown is not None else receiving.place(manifest)
                 regions = self._regions_to_tell(offer, manifest, plan) if verify else None
                 if not verify:
@@ -287,7 +287,7 @@ class Following:
     ) -> tuple[Update, torch.Tensor | None]:
         session = self._session
         manifest = self._manifests[offer.digest]
-        with measured(seconds, "verify"):
+        with Measured(seconds, "verify"):
             digests = self._digests(manifest, shown) if verify else None
             changes: dict[str, ChangeStatistics] = {}
             if offer.statistics:
@@ -295,8 +295,8 @@ class Following:
         session.phases.enter(SyncState.STAGED)
         packed = b"" if digests is None else packed_digests(digests)
         notes = tuple(getattr(self._given, "notes", ()))
-        with measured(seconds, "commit"):
-            self.decisions.vote(vote, Staged(dict(seconds), packed, changes, notes))
+        with Measured(seconds, "commit"):
+            self.decisions.vote(vote, Staged(seconds.get("unpack", 0.0), packed, changes, notes))
         count, size = len(manifest), manifest.nbytes
         update = Update(vote.version, count, size, seconds, verify, changes=changes, notes=notes)
         return update, digests

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from packedcomm.completion import await_cause, measured, wait_for_device
+from packedcomm.completion import Measured, await_cause, wait_for_device
 from packedcomm.copying import Part
 from packedcomm.errors import PackedCommError, ProtocolError, RemoteError, SessionStateError
 from packedcomm.events import ChunkMoved, TransferFinished
@@ -138,7 +138,7 @@ class Leading:
     def agree(self, snapshot: Snapshot, version: int, seconds: dict[str, float]) -> None:
         """Come to know that every receiver can take this manifest."""
         session = self._session
-        with measured(seconds, "agree"), self.failing():
+        with Measured(seconds, "agree"), self.failing():
             manifest = snapshot.manifest
             digest = manifest.digest
             if self._generation != session.generation:
@@ -265,18 +265,15 @@ class Leading:
         tensor's digest."""
         session = self._session
         digests = self._digest_plan
-        with measured(seconds, "verify"), self.failing():
+        with Measured(seconds, "verify"), self.failing():
             # Made while the votes are still on their way.
             found = None if digests is None else digests.computed.take()
             remaining = max(0.1, session.phases.present.remaining)
             self._votes = _all_of(Staged, session.answers(Staged, "the data", remaining))
             session.phases.enter(SyncState.STAGED)
             self._awaited = False
-            for vote in self._votes:
-                for stage, spent in vote.seconds.items():
-                    # The slowest receiver's; of stages that the sender has too, the sender's.
-                    if stage == "unpack":
-                        seconds[stage] = max(seconds.get(stage, 0.0), spent)
+            # The slowest receiver's.
+            seconds["unpack"] = max((vote.unpack_s for vote in self._votes), default=0.0)
             if digests is None or found is None:
                 return None
             try:
@@ -290,7 +287,7 @@ class Leading:
     def commit(self, version: int, seconds: dict[str, float]) -> Mapping[str, ChangeStatistics]:
         """Let every receiver commit; returns the statistics that they reported."""
         session = self._session
-        with measured(seconds, "commit"), self.failing():
+        with Measured(seconds, "commit"), self.failing():
             if (failed := session.known_failure()) is not None:
                 raise failed
             # May be shown somewhere from here on, so no other weights get it.
@@ -346,28 +343,44 @@ class Leading:
         remaining = max(0.1, session.phases.present.remaining)
         wait_for_device(session.device, remaining, session.failure, "sync")
 
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """What fails here ends the sync that is under way for every receiver, but not the session.
-        One within another does nothing that the inner one has done."""
+    def failing(self) -> AbstractContextManager[None]:
+        """What fails within it ends the sync that is under way for every receiver, but not the
+        session. One within another does nothing that the inner one has done."""
+        return _Failing(self)
+
+    def fail(self, error: BaseException) -> None:
+        """End the sync that is under way for every receiver. Raises what is behind the error, if
+        that is another one."""
+        if not self._under_way:
+            return
         session = self._session
-        try:
-            yield
-        except BaseException as error:
-            if not self._under_way:
-                raise
-            elsewhere = session.state is SyncState.MOVING and error is not self._of_source
-            cause = await_cause(error, session.failure) if elsewhere else None
-            self._of_source = None
-            # A receiver that agrees but has no communicator tells that this end's is of no use: its
-            # `SessionStateError` is a `RemoteError` here.
-            useless = self._awaited or isinstance(error, (SessionStateError, RemoteError))
-            decided = session.decided == self._number
-            session.fail_sync(cause or error, transport_too=useless, decided=decided)
-            self._under_way = False
-            if cause is not None and cause is not error:
-                raise cause from cause.__cause__ or error
-            raise
+        elsewhere = session.state is SyncState.MOVING and error is not self._of_source
+        cause = await_cause(error, session.failure) if elsewhere else None
+        self._of_source = None
+        # A receiver that agrees but has no communicator tells that this end's is of no use: its
+        # `SessionStateError` is a `RemoteError` here.
+        useless = self._awaited or isinstance(error, (SessionStateError, RemoteError))
+        decided = session.decided == self._number
+        session.fail_sync(cause or error, transport_too=useless, decided=decided)
+        self._under_way = False
+        if cause is not None and cause is not error:
+            raise cause from cause.__cause__ or error
+
+
+class _Failing:
+    """As `Leading.failing`."""
+
+    __slots__ = ("_leading",)
+
+    def __init__(self, leading: Leading) -> None:
+        self._leading = leading
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._leading.fail(error)
 
 
 Kind = TypeVar("Kind")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from packedcomm.completion import measured
+from packedcomm.completion import Measured
 from packedcomm.copying import Part
 from packedcomm.errors import (
     ArgumentError,
@@ -155,7 +155,7 @@ class FullWeightSender:
         seconds: dict[str, float] = {}
         self._in_step = False
         self._set_timeout("begin")
-        with measured(seconds, "describe"):
+        with Measured(seconds, "describe"):
             snapshot = self.source.snapshot()
         manifest = snapshot.manifest
         changed: int | None = None

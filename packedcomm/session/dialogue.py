@@ -124,22 +124,24 @@ class Dialogue(Hearing):
         """
         seconds = self.settings.agree_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
+        everybody = self.members.connected
         members = self._members(ranks)
         for member in members:
             member.awaited = True
         failures: dict[int, PackedCommError] = {}
         found: dict[int, Message] = {}
         cut_at: float | None = None
+        waiting = members
         while True:
-            for member in members:
-                if member.rank not in found and member.rank not in failures:
-                    answer = self._answer(member, expect, what)
-                    if isinstance(answer, PackedCommError):
-                        failures[member.rank] = answer
-                    elif answer is not None:
-                        found[member.rank] = answer
-                        member.awaited = False
-            lost = {} if decided else {m.rank: m.lost for m in self.members.connected if m.lost}
+            for member in waiting:
+                if (answer := self._answer(member, expect, what)) is None:
+                    continue
+                if isinstance(answer, PackedCommError):
+                    failures[member.rank] = answer
+                else:
+                    found[member.rank] = answer
+                    member.awaited = False
+            lost = {} if decided else {m.rank: m.lost for m in everybody if m.lost}
             # Also of those that have answered; their last words say more.
             failures = {**lost, **failures}
             waiting = [m for m in members if m.rank not in found and m.rank not in failures]
@@ -259,23 +261,23 @@ class Dialogue(Hearing):
         """Send to members with a place, or to given ones; returns the number that answers will
         have."""
         members = self._members(ranks) if members is None else members
-        messages = [message] * len(members) if isinstance(message, Message) else list(message)
-        if len(messages) != len(members):
-            raise ArgumentError(f"{len(messages)} messages for {len(members)} receivers")
         with self._saying:
-            self._number += 1
-            frames: dict[int, bytes] = {}
-            for member, said in zip(members, messages, strict=True):
-                # One message to all is one frame: with a manifest it has megabytes.
-                if id(said) not in frames:
-                    frames[id(said)] = encode(said, self._number, self.settings)
-                self._check_size(member, len(frames[id(said)]))
-                member.asked = self._number
-                if member.lost is None and not self._channel.send(member.peer, frames[id(said)]):
+            number = self._number = self._number + 1
+            if isinstance(message, Message):
+                # One frame for all: with a manifest it has megabytes.
+                frames = [encode(message, number, self.settings)] * len(members)
+            else:
+                frames = [encode(each, number, self.settings) for each in message]
+            if len(frames) != len(members):
+                raise ArgumentError(f"{len(frames)} messages for {len(members)} receivers")
+            for member, frame in zip(members, frames, strict=True):
+                self._check_size(member, len(frame))
+                member.asked = number
+                if member.lost is None and not self._channel.send(member.peer, frame):
                     member.disconnect(self._during())
                 # Not before: a beat must not overtake it.
-                member.said = 0 if isinstance(said, Cancel) else self._number
-            return self._number
+                member.said = 0 if isinstance(message, Cancel) else number
+            return number
 
     def _check_size(self, member: Member, nbytes: int) -> None:
         # ZeroMQ would end the connection without a word.

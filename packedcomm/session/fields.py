@@ -20,21 +20,16 @@ __all__ = [
     "LongText",
     "Region",
     "Regions",
+    "Seconds",
     "ShortText",
-    "StageSeconds",
     "Version",
 ]
 
 MOST = (1 << 63) - 1
 UNIQUE_ID_BYTES = 128
 
-# More phases than a sync will ever be timed by.
-MAX_PHASES = 64
-
 _tensor_name = text(DEFAULTS.max_name_bytes, 1)
-_phase_name = text(64, 1)
 _count = integer(0, MOST)
-_seconds = finite(0.0)
 
 
 def _changes(value: Any) -> str | None:
@@ -50,15 +45,6 @@ def _changes(value: Any) -> str | None:
             return f"{name!r:.80} must have three floats"
         if problem := _count(change.elements):
             return f"{name!r:.80} elements {problem}"
-    return None
-
-
-def _phases(value: Any) -> str | None:
-    if type(value) is not dict or len(value) > MAX_PHASES:
-        return f"must map at most {MAX_PHASES} names to seconds"
-    for name, seconds in value.items():
-        if problem := _phase_name(name) or _seconds(seconds):
-            return f"{name!r:.80} {problem}"
     return None
 
 
@@ -117,5 +103,5 @@ def _regions(value: Any) -> str | None:
 
 
 Regions = Annotated[tuple[Region, ...] | None, _regions]
-StageSeconds = Annotated[dict[str, float], _phases]
+Seconds = Annotated[float, finite(0.0)]
 Changes = Annotated[dict[str, ChangeStatistics], _changes]

@@ -39,7 +39,8 @@ def encode(message: Message, number: int = 0, settings: Settings = DEFAULTS) -> 
     Raises:
         ProtocolError: the frame would be larger than `max_frame_bytes`.
     """
-    values = [_listed(getattr(message, name)) for name in _names(type(message))]  # type: ignore[arg-type]  # classes are hashable
+    held = [getattr(message, name) for name in _names(type(message))]  # type: ignore[arg-type]  # classes are hashable
+    values = [list(value.items()) if type(value) is dict else value for value in held]
     frame: bytes = msgpack.packb([number, type(message).__name__, values], default=_plain)
     if len(frame) > settings.max_frame_bytes:
         raise ProtocolError(
@@ -104,10 +105,6 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-def _listed(value: Any) -> Any:
-    return list(value.items()) if type(value) is dict else value
-
-
 def _plain(value: Any) -> Any:
     """What msgpack doesn't know: records. Called for each one that it meets."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -126,12 +123,15 @@ def _record(kind: Any) -> Reader:
     """A reader of a record's fields from an array; the record checks their values itself."""
     hints = get_type_hints(kind)
     readers = [_reader(hints[field.name]) for field in fields(kind)]
+    needed = [(index, reader) for index, reader in enumerate(readers) if reader is not _as_it_is]
 
     def read(value: Any) -> Any:
         entries = _array(value)
         if len(entries) != len(readers):
             raise TypeError(f"{kind.__name__} has {len(readers)} fields, {len(entries)} came")
-        return kind(*[r(entry) for r, entry in zip(readers, entries, strict=True)])
+        for index, reader in needed:
+            entries[index] = reader(entries[index])
+        return kind(*entries)
 
     return read
 

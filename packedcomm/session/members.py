@@ -154,7 +154,7 @@ class Members:
     @property
     def connected(self) -> list[Member]:
         """Those with a place in the present communicator, gone or not, by rank."""
-        return [member for member in self if member.connected]
+        return [member for member in list(self._by_peer.values()) if member.connected]
 
     def take_out_gone(self) -> list[Member]:
         """Drop those that have gone, and return those of them that didn't leave in order."""

@@ -25,13 +25,12 @@ from packedcomm.session.fields import (
     LongText,
     Region,
     Regions,
+    Seconds,
     ShortText,
-    StageSeconds,
     Version,
 )
 from packedcomm.session.rules import (
     Checked,
-    finite,
     flag,
     integer,
     one_of,
@@ -116,8 +115,8 @@ class Hello(Message):
     wire_versions: Annotated[tuple[int, ...], tuple_of(integer(1, 1 << 31), 16, 1)] = (1,)
     """Versions of the native byte format that it speaks."""
 
-    heartbeat_interval_s: Annotated[float, finite(0.0)] = DEFAULTS.heartbeat_interval_s
-    heartbeat_timeout_s: Annotated[float, finite(0.0)] = DEFAULTS.heartbeat_timeout_s
+    heartbeat_interval_s: Seconds = DEFAULTS.heartbeat_interval_s
+    heartbeat_timeout_s: Seconds = DEFAULTS.heartbeat_timeout_s
     max_frame_bytes: Annotated[int, integer(1, MOST)] = DEFAULTS.max_frame_bytes
     """As in `Settings`: what the other side must fit."""
 
@@ -296,8 +295,8 @@ class Staged(Message):
 
     from_receiver = True
 
-    seconds: StageSeconds
-    """How long each phase took there."""
+    unpack_s: Seconds = 0.0
+    """How long unpacking took there."""
 
     digests: Annotated[bytes, short_bytes(8 * DEFAULTS.max_tensors)] = b""
     """Of what it holds, one for each of its regions, 8 bytes each, little-endian."""

@@ -275,10 +275,7 @@ class SenderChannel(Channel):
             taken.clear()
             name, frame = frame, receive(NOW, copy=False)
             taken.append((name, frame))
-        source = NOWHERE
-        # A peer of an old version of the protocol, or whose bytes look like one, has none.
-        with contextlib.suppress(zmq.ZMQError):
-            source = int(frame.get(SOURCE))
+        source = _source(frame)
         if frame.more:
             # Nothing of ours has several parts. These may be millions, which are dropped some at a
             # time, and the frame with them, by the codec.
@@ -320,6 +317,15 @@ class SenderChannel(Channel):
             sent = True
         self._half_sent = False
         return sent
+
+
+def _source(frame: zmq.Frame) -> int:
+    """The descriptor that a frame came from. A peer of an old version of the protocol, or whose
+    bytes look like one, has none."""
+    try:
+        return int(frame.get(SOURCE))
+    except zmq.ZMQError:
+        return NOWHERE
 
 
 def _cut(descriptor: int, port: int, way: int = socket.SHUT_RD) -> bool:

@@ -89,7 +89,6 @@ digest_bytes = st.integers(0, 20).flatmap(lambda n: st.binary(min_size=8 * n, ma
 changes = st.dictionaries(
     short_names, st.builds(ChangeStatistics, any_floats, any_floats, any_floats, counts)
 )
-seconds = st.dictionaries(short_names, st.floats(0, 1e300), max_size=20)
 messages = st.one_of(
     hellos,
     welcomes,
@@ -116,7 +115,7 @@ messages = st.one_of(
     st.builds(NoChange, versions, versions),
     st.builds(
         Staged,
-        seconds,
+        st.floats(0, 1e300),
         digest_bytes,
         changes,
         st.lists(st.text(min_size=1, max_size=100), max_size=16).map(tuple),
@@ -263,6 +262,7 @@ def _wire(name: str, *values: object) -> bytes:
 
 
 _REGION = [0, [0], [4], "float32", 1.0]
+_CHANGE = ["w", [1.0, 2.0, 3.0, 1]]
 _HELLO = ["0.1.0", 1, "host", "cpu", "", "", [1], 1.0, 30.0, 1 << 26]
 _WELCOME = ["e", 1, 2, "gloo", "native", 1, 0]
 _OFFER = [1, "a" * 64, "", 1, 1 << 30, "staged", False, True, False, 1]
@@ -297,9 +297,9 @@ BAD = {
     "a flag that is a number": _wire("Offer", *_with(_OFFER, 6, 1)),
     "an offer that verifies somehow": _wire("Offer", *_with(_OFFER, 5, "maybe")),
     "an offer without buffers": _wire("Offer", *_with(_OFFER, 4, 0)),
-    "part of a digest": _wire("Staged", [], b"1234567", [], []),
-    "digests that are no bytes": _wire("Staged", [], 3, [], []),
-    "nesting": _wire("Staged", [], [[1]], [], []),
+    "part of a digest": _wire("Staged", 0.0, b"1234567", [], []),
+    "digests that are no bytes": _wire("Staged", 0.0, 3, [], []),
+    "nesting": _wire("Staged", 0.0, [[1]], [], []),
     "a Beat in an unknown state": _wire("Beat", "asleep", ""),
     "a Beat that waits for many": _wire("Beat", "idle", "x" * 300),
     "a Connect to nobody": _wire("Connect", b"", ""),
@@ -317,18 +317,18 @@ BAD = {
     "a region whose scale is an integer": _wire("Ready", True, [_with(_REGION, 4, 1)]),
     "a region with 65 dimensions": _wire("Ready", True, [[0, [0] * 65, [1] * 65, "int8", 1.0]]),
     "a region that is a number": _wire("Ready", True, [3]),
-    "seconds that are NaN": _wire("Staged", [["wire", math.nan]], b"", [], []),
-    "seconds that are negative": _wire("Staged", [["wire", -1.0]], b"", [], []),
-    "seconds under one name twice": _wire("Staged", [["wire", 1.0], ["wire", 1.0]], b"", [], []),
-    "seconds without a name": _wire("Staged", [[1.0]], b"", [], []),
-    "seconds under an array": _wire("Staged", [[["wire"], 1.0]], b"", [], []),
-    "too many phases": _wire("Staged", [[f"p{i}", 1.0] for i in range(65)], b"", [], []),
+    "seconds that are NaN": _wire("Staged", math.nan, b"", [], []),
+    "seconds that are negative": _wire("Staged", -1.0, b"", [], []),
+    "seconds that are an integer": _wire("Staged", 1, b"", [], []),
+    "changes under one name twice": _wire("Staged", 0.0, b"", [_CHANGE, _CHANGE], []),
+    "changes without a name": _wire("Staged", 0.0, b"", [_CHANGE[1:]], []),
+    "changes under an array": _wire("Staged", 0.0, b"", [[["w"], _CHANGE[1]]], []),
     "changes with a count that is a float": _wire(
-        "Staged", [], b"", [["w", [1.0, 2.0, 3.0, 4.0]]], []
+        "Staged", 0.0, b"", [["w", [1.0, 2.0, 3.0, 4.0]]], []
     ),
-    "changes with a negative count": _wire("Staged", [], b"", [["w", [1.0, 2.0, 3.0, -1]]], []),
-    "changes with an integer": _wire("Staged", [], b"", [["w", [1, 2.0, 3.0, 1]]], []),
-    "changes of a tensor without a name": _wire("Staged", [], b"", [["", [1.0, 2.0, 3.0, 1]]], []),
+    "changes with a negative count": _wire("Staged", 0.0, b"", [["w", [1.0, 2.0, 3.0, -1]]], []),
+    "changes with an integer": _wire("Staged", 0.0, b"", [["w", [1, 2.0, 3.0, 1]]], []),
+    "changes of a tensor without a name": _wire("Staged", 0.0, b"", [["", [1.0, 2.0, 3.0, 1]]], []),
     "a Hello of an unknown device": _wire("Hello", *_with(_HELLO, 3, "tpu")),
     "a Hello without a version": _wire("Hello", *_with(_HELLO, 0, "")),
     "a Hello without byte formats": _wire("Hello", *_with(_HELLO, 6, [])),
@@ -349,9 +349,8 @@ BAD = {
 def test_names_are_text_before_they_are_hashed():
     # Hashes of numbers are known: keys could be chosen that all collide.
     for key in (3, 3.0, None, True, b"w", [1]):
-        for fields_ in ([[[key, 1.0]], b"", []], [[], b"", [[key, [1.0, 2.0, 3.0, 1]]]]):
-            with pytest.raises(ProtocolError, match="a name must be text, not"):
-                decode(_wire("Staged", *fields_, []))
+        with pytest.raises(ProtocolError, match="a name must be text, not"):
+            decode(_wire("Staged", 0.0, b"", [[key, _CHANGE[1]]], []))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -367,7 +366,7 @@ def test_a_message_that_breaks_a_rule_cannot_be_made():
         lambda: Commit("1"),
         lambda: Close("\ud800"),
         lambda: Connect(b"x"),
-        lambda: Staged({"wire": 1}),
+        lambda: Staged(1),
         lambda: Ready(True, (None,)),
     ):
         with pytest.raises(ProtocolError, match=r"^(Commit|Close|Connect|Staged|Ready)(\.|:)"):

@@ -212,7 +212,7 @@ HOSTILE_FRAMES = [
     b"\x92\xcf\x7f\xff\xff\xff\xff\xff\xff\xff\xa5Offer",
     encode(Commit(3), 1),
     encode(Offer(1, DIGEST), 1 << 40),
-    encode(Staged({}, b"", {}), 1),
+    encode(Staged(0.0, b"", {}), 1),
     bytes(1 << 20),
 ]
 

@@ -85,13 +85,19 @@ def _array(entry: bytes) -> bytes:
     return b"\xdd" + count.to_bytes(4, "big") + entry * count
 
 
+# Up to the regions.
+READY = b"\x93\x00\xa5Ready\x92\xc3"
+
 LARGE = {
-    "empty arrays": b"\x93\x00\xa5Ready\x91" + _array(b"\x90"),
-    "arrays of an array": b"\x93\x00\xa5Ready\x91" + _array(b"\x91\x90"),
-    "texts of one letter": b"\x93\x00\xa5Ready\x91" + _array(b"\xa2\xc3\xbf"),
-    "a region each": b"\x93\x00\xa5Ready\x91"
-    + _array(b"\x95\x00\x90\x90\xa4int8\xcb?\xf0\x00\x00\x00\x00\x00\x00"),
-    "pairs with a number for a name": b"\x93\x00\xa6Staged\x92\x90" + _array(b"\x92\x00\x90"),
+    "empty arrays": READY + _array(b"\x90"),
+    "arrays of an array": READY + _array(b"\x91\x90"),
+    "texts of one letter": READY + _array(b"\xa2\xc3\xbf"),
+    "a region each": READY + _array(b"\x95\x00\x90\x90\xa4int8\xcb?\xf0\x00\x00\x00\x00\x00\x00"),
+    "pairs with a number for a name": b"\x93\x00\xa6Staged\x94\xcb"
+    + bytes(8)
+    + b"\xc4\x00"
+    + _array(b"\x92\x00\x90")
+    + b"\x90",
     "a text of wide letters": b"\x93\x00\xa5Close\x92\xdb"
     + LARGE_BYTES.to_bytes(4, "big")
     + "\U000e0001".encode() * (LARGE_BYTES // 4)

@@ -70,7 +70,7 @@ def _round_trips(rank, world_size, box, secret):
         session.communicator.broadcast(tensor, 0)
         assert tensor.tolist() == [0.0] * 5
         if rank:
-            answers = {Offer: Ready(), Proceed: Staged({"wire": float(session.rank)})}
+            answers = {Offer: Ready(), Proceed: Staged(float(session.rank))}
             came = serve(session, answers | {Commit: Committed(7)})
             return facts, session.rank, came
         ready = session.ask(Offer(7, DIGEST, "{}"), (Ready, NeedManifest))
@@ -78,7 +78,7 @@ def _round_trips(rank, world_size, box, secret):
         staged = session.answers(Staged, "the data")
         session.tell(NoChange(8, 7))
         committed = session.ask(Commit(7), Committed)
-    return facts, ready, [s.seconds["wire"] for s in staged], committed
+    return facts, ready, [s.unpack_s for s in staged], committed
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])

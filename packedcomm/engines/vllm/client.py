@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from packedcomm.communicators.listener import Address
-from packedcomm.completion import measured
+from packedcomm.completion import Measured
 from packedcomm.engines.vllm.calls import Calls, call_all
 from packedcomm.engines.vllm.handles import (
     EngineHandle,
@@ -202,7 +202,7 @@ class EngineUpdater:
             self.session.epoch,
         )
         update = UpdateSteps(self.engines, self._timeout_s, seconds, self._pauses)
-        with self.session.exclusive("update"), measured(seconds, "total"):
+        with self.session.exclusive("update"), Measured(seconds, "total"):
             try:
                 session = self._leading("update")
                 if not session.members.present:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from packedcomm.completion import measured
+from packedcomm.completion import Measured
 from packedcomm.engines.vllm.calls import Calls, call_all, decisive, typed
 from packedcomm.engines.vllm.handles import PauseMode, finish_update
 from packedcomm.errors import DeadlineExceeded, PackedCommError, PeerLost, SessionStateError
@@ -105,7 +105,7 @@ class UpdateSteps:
                     f"{engine!r} isn't paused: pause it before, or give a pause_mode"
                 )
         pausing = [e for e in self._engines if mode is not None and hasattr(e, "pause")]
-        with measured(self._seconds, "pause"):
+        with Measured(self._seconds, "pause"):
             if pausing:
                 self._rely_on_pauses()
             self._all("pause", pausing, partial(self._pause, mode, flush))
@@ -116,7 +116,7 @@ class UpdateSteps:
                 self._engines if mode == "keep" else [e for e in self._engines if e not in pausing]
             )
             resetting = [e for e in kept if hasattr(e, "reset_prefix_cache")]
-            with measured(self._seconds, "flush"):
+            with Measured(self._seconds, "flush"):
                 self._reset(resetting)
 
     def _rely_on_pauses(self) -> None:
@@ -158,7 +158,7 @@ class UpdateSteps:
     def start(self, *, draft: bool = False) -> None:
         """Let the engines prepare, for their draft models or for their models."""
         method = "start_draft_weight_update" if draft else "start_weight_update"
-        with measured(self._seconds, "start"):
+        with Measured(self._seconds, "start"):
             calls = Calls(method, self._engines, partial(_start, method))
             failure = calls.wait(self._timeout_s)
         self._active = set(calls.results)
@@ -180,7 +180,7 @@ class UpdateSteps:
         """
         failed: BaseException | None = None
         sent: list[Sent] = []
-        with measured(self._seconds, "update"):
+        with Measured(self._seconds, "update"):
             # Until it is known how the calls end, there is nothing to finish.
             self._active = set()
             calls = Calls(
@@ -215,10 +215,10 @@ class UpdateSteps:
     def finish(self, version: str | None) -> None:
         """Let the engines process what they have received."""
         self._active = set()
-        with measured(self._seconds, "finish"), self._noting():
+        with Measured(self._seconds, "finish"), self._noting():
             self._all("finish_weight_update", self._engines, lambda e: finish_update(e, version))
         if self._caching:
-            with measured(self._seconds, "flush"), self._noting():
+            with Measured(self._seconds, "flush"), self._noting():
                 self._reset(self._caching)
 
     def resume(self) -> None:
@@ -234,7 +234,7 @@ class UpdateSteps:
         told = {id(engine) for earlier in late for engine in earlier.pending}
         told -= {id(engine) for engine in again}
         able = [e for e in self._engines if hasattr(e, "resume") and id(e) not in told]
-        with measured(self._seconds, "resume"), self._noting():
+        with Measured(self._seconds, "resume"), self._noting():
             calls = Calls("resume", able, self._resume)
             self._pauses.resuming = [*late, calls]
             if (failure := calls.wait(self._timeout_s)) is not None:

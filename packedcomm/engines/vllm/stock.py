@@ -12,7 +12,7 @@ import torch
 from packedcomm.communicators import Communicator, NcclCommunicator
 from packedcomm.communicators.listener import Address, Listener
 from packedcomm.communicators.nccl_library import find_nccl
-from packedcomm.completion import measured, wait_for_device
+from packedcomm.completion import Measured, wait_for_device
 from packedcomm.copying import as_tensor
 from packedcomm.engines.vllm import release_of
 from packedcomm.engines.vllm.calls import Calls, call_all
@@ -196,7 +196,7 @@ class StockSender:
         }
         seconds: dict[str, float] = {}
         steps = UpdateSteps(self.engines, self._timeout_s, seconds, self._pauses)
-        with measured(seconds, "total"):
+        with Measured(seconds, "total"):
             try:
                 steps.pause(self._pause_mode, self._flush)
                 steps.start()
