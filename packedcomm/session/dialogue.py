@@ -261,6 +261,8 @@ class Dialogue(Hearing):
         """Send to members with a place, or to given ones; returns the number that answers will
         have."""
         members = self._members(ranks) if members is None else members
+        if not isinstance(message, Message) and len(message) != len(members):
+            raise ArgumentError(f"{len(message)} messages for {len(members)} receivers")
         with self._saying:
             number = self._number = self._number + 1
             if isinstance(message, Message):
@@ -268,8 +270,6 @@ class Dialogue(Hearing):
                 frames = [encode(message, number, self.settings)] * len(members)
             else:
                 frames = [encode(each, number, self.settings) for each in message]
-            if len(frames) != len(members):
-                raise ArgumentError(f"{len(frames)} messages for {len(members)} receivers")
             for member, frame in zip(members, frames, strict=True):
                 self._check_size(member, len(frame))
                 member.asked = number
