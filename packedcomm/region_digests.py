@@ -220,7 +220,7 @@ class RegionDigests:
         plan: ChunkPlan,
         *,
         keep: bool,
-        last: bool = False,  # noqa: ARG002  (here the broadcast runs beside it)
+        wide: bool = False,  # noqa: ARG002  (here the broadcast runs beside it)
     ) -> Work | None:
         """As `Digests.rest`."""
         found = self._chunks.get(plan)

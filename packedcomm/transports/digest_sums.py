@@ -34,7 +34,7 @@ class Digests(Protocol):
     def finish(self) -> None:
         """After the last chunk, with the caller's stream behind all lanes."""
 
-    def rest(self, plan: ChunkPlan, *, keep: bool, last: bool = False) -> Work | None:
+    def rest(self, plan: ChunkPlan, *, keep: bool, wide: bool = False) -> Work | None:
         """What a chunk's copies leave to be digested, as work for the digest lane.
 
         It reads the chunk's tensors where they are in memory, and never a slot.
@@ -42,7 +42,7 @@ class Digests(Protocol):
         Args:
             plan: the chunk.
             keep: whether the plan comes again in a later transfer.
-            last: whether no broadcast runs beside this work any more, which may then fill a GPU.
+            wide: whether it may fill a GPU, since next to nothing is broadcast beside it.
 
         Returns:
             None if nothing is left.
@@ -87,10 +87,12 @@ class DigestSums:
 
     def total(self) -> torch.Tensor:
         """All digests, int64, on the CPU. To be called after `finish`; waits for a GPU."""
-        total = torch.zeros(self._count, dtype=torch.int64)
-        for sums, arrived in self._arriving:
+        for _, arrived in self._arriving:
             if arrived is not None:
                 arrived.synchronize()
+        (first, _), *others = self._arriving
+        total = first.clone()
+        for sums, _ in others:
             # No digest is made on two devices, so one of the addends is 0.
             total += sums
         return total
@@ -126,7 +128,7 @@ class ReceivedDigests:
         assert self._sums is not None
         self._sums.finish()
 
-    def rest(self, plan: ChunkPlan, *, keep: bool, last: bool = False) -> Work | None:
+    def rest(self, plan: ChunkPlan, *, keep: bool, wide: bool = False) -> Work | None:
         """As `Digests.rest`: the parts of a chunk that are received in place, strided or cut so
         that their words don't end with the copy's tiles."""
         if plan in self._passes:
@@ -135,7 +137,7 @@ class ReceivedDigests:
             digests = _pass_over(plan)
             if keep:
                 self._passes[plan] = digests
-        return None if digests is None else partial(self._run, digests, last)
+        return None if digests is None else partial(self._run, digests, wide)
 
     def _run(self, digests: DigestPlan, wide: bool) -> None:
         digests.run(self.sums(digests.device), wide=wide)

@@ -32,6 +32,10 @@ __all__ = ["Receiving", "TargetPlan"]
 # Plans kept for a target and a group: a full sync and a few partial ones, in either format.
 _KEPT_PLANS = 8
 
+# What a chunk leaves to be done may fill a GPU where at most this share of its bytes is broadcast
+# after it: that is over before the work would be with a narrow grid.
+_LITTLE = 0.1
+
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
 
@@ -143,8 +147,11 @@ class Receiving:
                 if is_target(self._receiver):
                     assert isinstance(metadata, Manifest)
                     plan = self._placed or self.place(metadata)
+                    left = metadata.nbytes
                     for chunk_plan in plan.chunks:
-                        self._receive_into(chunk_plan, last=chunk_plan is plan.chunks[-1])
+                        nbytes = chunk_plan.chunk.nbytes
+                        left -= nbytes
+                        self._receive_into(chunk_plan, wide=left <= _LITTLE * nbytes)
                         self._progress.moved(chunk_plan.chunk)
                 else:
                     callback: Any = self._receiver
@@ -303,9 +310,9 @@ class Receiving:
 
     # Into a target.
 
-    def _receive_into(self, plan: ChunkPlan, *, last: bool) -> None:
+    def _receive_into(self, plan: ChunkPlan, *, wide: bool) -> None:
         digests = self._digests
-        digest = None if digests is None else digests.rest(plan, keep=True, last=last)
+        digest = None if digests is None else digests.rest(plan, keep=True, wide=wide)
         if not plan.slot_bytes:
             self._receive(plan.operands(None, self._pipeline.device), None, digest=digest)
             return
@@ -314,8 +321,7 @@ class Receiving:
         def unpack() -> None:
             for copies in plan.copies:
                 sums = None if digests is None else digests.sums(copies.device)
-                # Behind the last broadcast nothing else needs the multiprocessors.
-                copies.run(buffer, sums, wide=last)
+                copies.run(buffer, sums, wide=wide)
 
         self._receive(plan.operands(slot, self._pipeline.device), unpack, slot, digest)
 
