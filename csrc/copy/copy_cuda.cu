@@ -195,7 +195,7 @@ __device__ __forceinline__ std::uint64_t apply_and_digest_tile(const Segment& se
 }
 
 // With both conversions and digests there is no room for two blocks without spilling; beside NCCL,
-// where that kernel is used, there are fewer blocks than multiprocessors anyway.
+// where that kernel mostly runs, there are fewer blocks than multiprocessors anyway.
 template <bool kConverts, bool kDigests>
 constexpr int kBlocksPerProcessor = (kConverts ? 1 : 0) + (kDigests ? 1 : 0) == 2 ? 1 : 2;
 

@@ -24,6 +24,7 @@ __all__ = [
     "WireFormat",
     "aligned",
     "chunk_rule",
+    "little_follows",
     "native_chunks",
     "slot_bytes",
     "vllm_chunks",
@@ -173,3 +174,14 @@ def slot_bytes(chunks: Iterable[Chunk], num_buffers: int) -> list[int]:
     for number, chunk in enumerate(packed):
         slots[number % num_buffers] = max(slots[number % num_buffers], chunk.nbytes)
     return slots
+
+
+def little_follows(chunks: Sequence[Chunk]) -> list[bool]:
+    """Of each chunk whether at most a hundredth of its bytes travels after it. What is left to be
+    done with such a chunk may take all of a GPU: the broadcasts that follow are shorter than it."""
+    follows = 0
+    flags: list[bool] = []
+    for chunk in reversed(chunks):
+        flags.append(follows * 100 <= chunk.nbytes)
+        follows += chunk.nbytes
+    return flags[::-1]

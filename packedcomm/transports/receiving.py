@@ -19,7 +19,7 @@ from packedcomm.endpoints import Target, is_target
 from packedcomm.errors import ManifestError, TensorError
 from packedcomm.events import OnEvent
 from packedcomm.manifest import Manifest, checked_nbytes, dtype_name
-from packedcomm.planning.chunks import Chunk, Cut
+from packedcomm.planning.chunks import Chunk, Cut, little_follows
 from packedcomm.transports.chunk_plans import ChunkPlan, entry_of, plan_chunk
 from packedcomm.transports.digest_sums import Digests
 from packedcomm.transports.lanes import Mark, Work, synchronize
@@ -31,10 +31,6 @@ __all__ = ["Receiving", "TargetPlan"]
 
 # Plans kept for a target and a group: a full sync and a few partial ones, in either format.
 _KEPT_PLANS = 8
-
-# What a chunk leaves to be done may fill a GPU where at most this share of its bytes is broadcast
-# after it: that is over before the work would be with a narrow grid.
-_LITTLE = 0.1
 
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 Callback = Callable[[list[tuple[str, torch.Tensor]]], Any]
@@ -65,6 +61,8 @@ class TargetPlan:
     """All chunks of a manifest with their destinations."""
 
     chunks: list[ChunkPlan]
+    wide: list[bool]
+    """Of each chunk whether what is left to be done with it may fill a GPU."""
     parts: Sequence[Sequence[Part]]
     """By tensor, as the target placed them."""
     destinations: list[torch.Tensor]
@@ -147,11 +145,8 @@ class Receiving:
                 if is_target(self._receiver):
                     assert isinstance(metadata, Manifest)
                     plan = self._placed or self.place(metadata)
-                    left = metadata.nbytes
-                    for chunk_plan in plan.chunks:
-                        nbytes = chunk_plan.chunk.nbytes
-                        left -= nbytes
-                        self._receive_into(chunk_plan, wide=left <= _LITTLE * nbytes)
+                    for chunk_plan, wide in zip(plan.chunks, plan.wide, strict=True):
+                        self._receive_into(chunk_plan, wide=wide)
                         self._progress.moved(chunk_plan.chunk)
                 else:
                     callback: Any = self._receiver
@@ -225,7 +220,8 @@ class Receiving:
             )
         destinations = [part.tensor for pieces in parts for part in pieces]
         memory = list(getattr(target, "memory", destinations))
-        return TargetPlan(chunks, parts, destinations, memory, TensorRecord(memory))
+        wide = little_follows([plan.chunk for plan in chunks])
+        return TargetPlan(chunks, wide, parts, destinations, memory, TensorRecord(memory))
 
     def _sizes(self, metadata: Iterable[tuple[str, tuple[Any, Any]]]) -> Iterator[int]:
         """Pull descriptions, remember them by position, yield their sizes in bytes."""

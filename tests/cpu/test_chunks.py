@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from packedcomm.errors import ArgumentError
 from packedcomm.planning.chunks import (
     NATIVE_ALIGNMENT,
+    Chunk,
     chunk_rule,
+    little_follows,
     native_chunks,
     slot_bytes,
     vllm_chunks,
@@ -88,6 +90,33 @@ def test_slots_grow_to_the_largest_chunk_that_rotates_through_them():
     chunks = list(vllm_chunks([70, 65, 200, 66], 64))
     assert slot_bytes(chunks, 2) == [200, 66]
     assert slot_bytes(chunks, 3) == [70, 65, 200]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "flags"),
+    [
+        ([], []),
+        ([0], [True]),
+        ([500, 500], [False, True]),
+        ([100, 1000, 10], [False, True, True]),
+        ([100, 1000, 11], [False, False, True]),
+        ([1000, 5, 5], [True, False, True]),
+        ([1000, 6, 5], [False, False, True]),
+        # Nothing is on the wire after the data.
+        ([1000, 0, 1000, 0], [False, False, True, True]),
+    ],
+)
+def test_little_follows_a_chunk_that_all_others_after_it_are_a_hundredth_of(nbytes, flags):
+    chunks = [Chunk(range(1), [size], [0], size) for size in nbytes]
+    assert little_follows(chunks) == flags
+
+
+def test_the_end_of_a_model_follows_its_last_large_tensor():
+    # As of Llama: a head, then the last norm and all other small tensors in one chunk.
+    sizes = [100 << 20, 8192, 100 << 20, 8192, 1 << 30, 8192]
+    chunks = list(native_chunks(sizes, 1 << 30))
+    assert [chunk.direct for chunk in chunks] == [True, False]
+    assert little_follows(chunks) == [True, True]
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "64", True])

@@ -12,7 +12,7 @@ import pytest
 
 from packedcomm.errors import ProtocolError
 from packedcomm.session.frames import decode
-from packedcomm.session.messages import MESSAGES
+from packedcomm.session.messages import MESSAGES, Hello, Offer, Ready, Staged, Welcome
 from tests.fuzz.checks import CHECKS, bounded_memory
 from tests.fuzz.corpus import read_corpus
 from tests.fuzz.seeds import SEEDS, dictionary, frames_by_message
@@ -49,15 +49,13 @@ def test_every_kept_input_is_a_value_or_a_typed_error(target):
     assert not all(valid)
 
 
-@pytest.mark.parametrize("name", ["Hello", "Offer", "Ready", "Staged"])
-def test_kept_frames_are_of_the_present_format(name):
-    # The fuzzer has to be run again where fields have changed: what it found ends early then.
-    kept = [frame for frame in read_corpus("frames") if name.encode() in frame]
-    messages = []
-    for frame in kept:
+def test_kept_frames_are_of_the_present_format():
+    # Where fields change the fuzzer has to run again: what it had found ends early then.
+    kinds = set()
+    for frame in read_corpus("frames"):
         with suppress(ProtocolError):
-            messages.append(decode(frame)[1])
-    assert name in {type(message).__name__ for message in messages}
+            kinds.add(type(decode(frame)[1]))
+    assert kinds >= {Hello, Welcome, Offer, Ready, Staged}
 
 
 @pytest.fixture(params=CHECKS)
