@@ -125,7 +125,7 @@ class Dialogue(Hearing):
         seconds = self.settings.agree_timeout_s if timeout_s is None else timeout_s
         deadline = deadline_after(seconds)
         everybody = self.members.connected
-        members = self._members(ranks)
+        members = everybody if ranks is None else self._members(ranks)
         for member in members:
             member.awaited = True
         failures: dict[int, PackedCommError] = {}
