@@ -154,6 +154,7 @@ class Members:
     @property
     def connected(self) -> list[Member]:
         """Those with a place in the present communicator, gone or not, by rank."""
+        # Not by way of the iterator: it is asked a dozen times a sync.
         return [member for member in list(self._by_peer.values()) if member.connected]
 
     def take_out_gone(self) -> list[Member]:
